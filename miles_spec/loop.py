@@ -1,0 +1,129 @@
+"""The loop: sample, score, pack, step, sync, report; and what a run does when it is interrupted or fails.
+
+Invariant: a checkpoint holds the state between two steps, never within one, so `n` steps are `k` steps, a resume and
+`n - k` steps, bit for bit.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from miles_spec import rundir
+from miles_spec.assemble import Run, assemble
+from miles_spec.config import RunConfig
+from miles_spec.live import LiveTable
+from miles_spec.metrics import summary, sync_metrics, training_metrics
+from miles_spec.sampling import Groups, sample
+from miles_spec.settings import dump
+from miles_spec.tracking import Tracker, write_summary
+from miles_spec.train.advantages import advantages
+from miles_spec.train.packing import pack
+from miles_spec.types import LossTerms, PackedBatch, StepReport
+
+
+def train(config: RunConfig) -> Path:
+    """Runs `config` to its last step, or on from its newest checkpoint; returns the run's directory.
+
+    Ctrl-C ends the run after the step at hand and saves; a second one ends it at once. A step that fails loses nothing
+    before it: the state after the last whole step is saved, then the error is raised.
+    """
+    with LiveTable(steps=config.steps) as live, _interruptible() as interrupted:
+        run = assemble(config, live)
+        begun, step, cursor = time.perf_counter(), run.step, run.source.state()
+        whole = run.trainer.version, run.trainer.draft_version
+        with Tracker(run.out, config.tracking, dump(config), run.step) as tracker:
+            for number, loss in enumerate(run.warmup_losses, 1):
+                tracker.warmup(number, {"draft_loss": loss})
+            try:
+                while step < config.steps and not interrupted():
+                    groups = sample(run, step + 1, live)
+                    live.phase("training")
+                    started = time.perf_counter()
+                    terms = optimize(run, groups)
+                    trained = time.perf_counter()
+                    live.phase("sync")
+                    receipts = run.push()
+                    synced = time.perf_counter()
+                    step, cursor = step + 1, run.source.state()
+                    whole = run.trainer.version, run.trainer.draft_version
+                    if due(config, step):
+                        live.phase("saving")
+                        run.save(step, cursor)
+                    metrics = {
+                        "time_s": time.perf_counter() - begun,
+                        **groups.metrics,
+                        **training_metrics(terms, trained - started, groups.metrics["accept_length"]),
+                        **sync_metrics(receipts, synced - trained),
+                        "seconds_checkpoint": time.perf_counter() - synced,
+                    }
+                    shown = tuple(groups.samples[: config.tracking.samples])
+                    report = StepReport(step=step, metrics=metrics, samples=shown)
+                    tracker.write(report, [run.pieces(s) for s in shown])
+                    live.update(report)
+            finally:
+                # also after an error, unless it came halfway through the optimizer steps
+                untouched = whole == (run.trainer.version, run.trainer.draft_version)
+                if step > run.step and not due(config, step) and untouched:
+                    live.phase("saving")
+                    run.save(step, cursor)
+    write_summary(run.out, summary(rundir.read(run.out).steps))
+    return run.out
+
+
+def optimize(run: Run, groups: Groups) -> list[LossTerms]:
+    """Advantages, packing, and the optimizer steps of one rollout; the loss terms of each."""
+    config, rules = run.config, run.config.train
+    values = advantages([[s.reward for s in group] for group in groups.groups], rules.advantage)
+    minibatches = pack(
+        groups.samples,
+        [a for group in values for a in group],
+        token_budget=rules.token_budget,
+        aggregation=rules.loss_aggregation,
+        max_new_tokens=config.rollout.max_new_tokens,
+        minibatches=rules.minibatches,
+        device=run.trainer.device,
+    )
+    # log-probabilities of the policy before the first step, and of the reference, while neither has moved
+    minibatches = [_with_logprobs(run, batches, old=len(minibatches) > 1) for batches in minibatches]
+    return [run.trainer.step(batches) for batches in minibatches]
+
+
+def _with_logprobs(run: Run, batches: list[PackedBatch], *, old: bool) -> list[PackedBatch]:
+    if old:
+        scores = run.trainer.logprobs(batches)
+        batches = [replace(b, old_logprobs=s) for b, s in zip(batches, scores, strict=True)]
+    if run.config.train.kl_coef:
+        scores = run.trainer.logprobs(batches, reference=True)
+        batches = [replace(b, ref_logprobs=s) for b, s in zip(batches, scores, strict=True)]
+    return batches
+
+
+def due(config: RunConfig, step: int) -> bool:
+    """Whether `step` ends with a checkpoint."""
+    return bool(config.checkpoint.every) and step % config.checkpoint.every == 0
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C into a request to stop, which the yielded function tells; the second is as always."""
+    asked = False
+
+    def ask(signum: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+
+    try:
+        before = signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not the main thread, which alone gets signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,95 @@
+"""Fixtures shared by all tests: tiny models of every supported family, built in memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import torch
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma")
+
+
+def tiny_config(family: str, **overrides: object):  # type: ignore[no-untyped-def]
+    """A two-layer configuration of `family`: hidden 32, 4 query and 2 key heads, vocabulary 61; tied for gemma and qwen2."""
+    from transformers import AutoConfig
+
+    shape = dict(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=family in ("gemma", "qwen2"),
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return AutoConfig.for_model(family, **{**shape, **overrides})
+
+
+@cache
+def _weights(family: str) -> dict[str, torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation="eager")
+    # larger than a fresh initialisation, so that distributions are far from uniform and bugs show
+    return {n: p + 0.25 * torch.randn_like(p) for n, p in model.state_dict().items() if "rotary" not in n}
+
+
+def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32):  # type: ignore[no-untyped-def]
+    """A fresh copy of the family's tiny random model, calling our attention by name."""
+    from transformers import AutoModelForCausalLM
+
+    import miles_spec.kernels.attention as attention
+
+    model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation=attention.NAME, dtype=dtype)
+    model.load_state_dict(_weights(family), strict=False)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each supported family in turn."""
+    return request.param
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] not in ('system', 'user', 'assistant') %}{{ raise_exception('no role ' + m['role']) }}{% endif %}"
+    "{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def tiny_tokenizer():  # type: ignore[no-untyped-def]
+    """A byte-level tokenizer: pad 0, bos 1, eos 2 as in `tiny_config`, three role tokens, then one token per byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({t: i for i, t in enumerate(special + alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=special[3:],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer

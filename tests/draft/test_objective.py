@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import tiny_model
+from miles_spec.draft.modules import DraftHead
+from miles_spec.draft.objective import DraftObjective, objective
+from miles_spec.draft.spec import EAGLE
+from miles_spec.draft.unroll import unroll
+from miles_spec.kernels.attention import PackedAttention
+from miles_spec.kernels.layout import PackedLayout
+from miles_spec.kernels.logprob import logprob
+from miles_spec.kernels.shift import draft_targets
+from oracles import losses
+
+PROMPT, RESPONSE, DEPTH = 3, 10, 3
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A target with a pack of its own samples."""
+
+    model: Any
+    args: dict[str, Any]
+    """What `objective` takes after the head."""
+    temperature: float
+
+
+def _forward(model: Any, layout: PackedLayout, tokens: Tensor) -> Tensor:
+    positions = layout.positions[None]
+    out = model.model(tokens[None], position_ids=positions, attend=PackedAttention(layout), use_cache=False)
+    return out.last_hidden_state[0]
+
+
+@cache
+def _pack(family: str = "llama", temperature: float = 1.0, sequences: int = 12) -> Pack:
+    model = tiny_model(family).requires_grad_(True)
+    g = torch.Generator().manual_seed(11)
+    head = model.lm_head.weight
+    rows = torch.randint(3, 61, (sequences, PROMPT), generator=g)
+    with torch.no_grad():
+        for _ in range(RESPONSE):
+            layout = PackedLayout.make([rows.shape[1]] * sequences)
+            hidden = _forward(model, layout, rows.flatten()).view(*rows.shape, -1)
+            probs = torch.softmax(hidden[:, -1] @ head.T / temperature, -1)
+            rows = torch.cat([rows, torch.multinomial(probs, 1, generator=g)], dim=1)
+        layout, tokens = PackedLayout.make([rows.shape[1]] * sequences), rows.flatten()
+        hidden = _forward(model, layout, tokens)
+        scored = logprob(hidden, head, tokens.roll(-1), temperature=temperature)
+    args = dict(
+        embed_weight=model.get_input_embeddings().weight.detach(),
+        lm_head_weight=head.detach(),
+        hidden=hidden,
+        layout=layout,
+        tokens=tokens,
+        loss_mask=layout.positions >= PROMPT,
+        lse=scored.lse,
+        logprobs=scored.logprob.roll(1),
+    )
+    return Pack(model, args, temperature)
+
+
+def _head(pack: Pack, vocab_ids: Tensor | None = None) -> DraftHead:
+    return DraftHead.attach(pack.model, EAGLE, vocab_ids, generator=torch.Generator().manual_seed(0))
+
+
+def _objective(pack: Pack, head: DraftHead, **how: Any) -> DraftObjective:
+    settings = dict(depth=DEPTH, loss="ramp", ramp=0.5, rule="rejection", temperature=pack.temperature)
+    return objective(head, **pack.args, **{**settings, **how})
+
+
+def _end_to_end(acceptances: list[list[Tensor]]) -> Tensor:
+    """Sum over rows of the expected accepted tokens, `acceptances[row][depth]`."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row in acceptances:
+        alive = torch.ones((), dtype=torch.float64)
+        for a in row:
+            alive = alive * a
+            total = total + alive
+    return total
+
+
+@pytest.mark.parametrize("rule", ["greedy", "target", "rejection"])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_losses_and_gradients_from_the_contract(rule: str, reduced: bool) -> None:
+    """Labels, teachers and weights looked up row by row from the contract's text, gradients by plain autograd: those of
+    `tv` are the gradients of the expected accepted tokens."""
+    pack = _pack(temperature=0.8)
+    ids = torch.arange(0, 61, 2) if reduced else torch.arange(61)
+    head = _head(pack, ids if reduced else None)
+    a = pack.args
+    targets = draft_targets(a["tokens"], a["loss_mask"], a["layout"], DEPTH)
+    unrolled = unroll(head, a["embed_weight"], a["hidden"], targets, a["layout"])
+    weight = a["lm_head_weight"][ids].double()
+    sums = {name: [torch.zeros((), dtype=torch.float64) for _ in range(DEPTH)] for name in ("ce", "kl", "tv")}
+    acceptances: dict[int, list[Tensor]] = {}
+    for d, (rows, states) in enumerate(unrolled, start=1):
+        for t, state in zip(rows.tolist(), states, strict=True):
+            label = (ids == a["tokens"][t + d + 1]).nonzero().flatten().tolist()
+            row = [torch.tensor(label or [-1])]
+            row += [a["hidden"][t + d][None].double(), a["lse"][t + d][None], a["logprobs"][t + d + 1][None]]
+            ce, kl, tv, _ = losses.draft_loss(state[None].double(), weight, *row, rule, 0.8)
+            for name, value in zip(("ce", "kl", "tv"), (ce, kl, tv), strict=True):
+                sums[name][d - 1] = sums[name][d - 1] + value.sum()
+            acceptances.setdefault(t, []).append(1 - tv[0])
+    end_to_end = -_end_to_end(list(acceptances.values()))
+    parameters = list(head.parameters())
+    for loss, ramp in (("ce", 0.0), ("kl", 0.0), ("tv", 0.0), ("ramp", 0.25)):
+        got = _objective(pack, head, loss=loss, ramp=ramp, rule=rule)
+        share = {"ce": 0.0, "kl": 0.0, "tv": 1.0, "ramp": ramp}[loss]
+        kind = "ce" if loss == "ce" else "kl"
+        by_depth = torch.stack([(1 - share) * s + share * tv for s, tv in zip(sums[kind], sums["tv"], strict=True)])
+        torch.testing.assert_close(got.loss_by_depth.double(), by_depth.detach(), rtol=1e-5, atol=1e-5)
+        assert got.rows == tuple(len(r) for r, _ in unrolled)
+        want = ((1 - share) * torch.stack(sums[kind]).sum() + share * end_to_end) / DEPTH
+        grads = torch.autograd.grad(got.loss_sum, parameters)
+        exact = torch.autograd.grad(want, parameters, retain_graph=True)
+        norm = torch.cat([x.flatten() for x in exact]).norm()
+        assert norm > 0
+        assert torch.cat([(x - y).flatten() for x, y in zip(grads, exact, strict=True)]).norm() < 1e-4 * norm
+
+
+def test_estimate_by_hand_for_the_target_rule() -> None:
+    pack = _pack()
+    head = _head(pack)
+    a = pack.args
+    with torch.no_grad():
+        got = _objective(pack, head, rule="target")
+        targets = draft_targets(a["tokens"], a["loss_mask"], a["layout"], DEPTH)
+        right: dict[tuple[int, int], bool] = {}
+        for d, (rows, states) in enumerate(unroll(head, a["embed_weight"], a["hidden"], targets, a["layout"]), 1):
+            guesses = (states @ a["lm_head_weight"].T).argmax(-1)
+            right.update(
+                {(d, t): bool(g == a["tokens"][t + d + 1]) for t, g in zip(rows.tolist(), guesses, strict=True)}
+            )
+    accepted = steps = 0
+    size = PROMPT + RESPONSE
+    for start in range(0, len(a["tokens"]), size):
+        t = start + PROMPT - 1
+        while t + 2 < start + size:
+            run = 0
+            while run < DEPTH and right.get((run + 1, t), False):
+                run += 1
+            accepted, steps, t = accepted + run, steps + 1, t + 1 + run
+    assert accepted > 0 and (got.estimate.accepted, got.estimate.verify_steps) == (accepted, steps)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl", "tv", "ramp"])
+def test_no_gradient_leaves_the_draft(family: str, loss: str) -> None:
+    pack = _pack(family, sequences=3)
+    head = _head(pack)
+    # even where the caller forgot to detach the LM head, the teacher or its scores
+    args = {**pack.args, "lm_head_weight": pack.model.lm_head.weight}
+    args["lse"] = pack.args["lse"].clone().requires_grad_()
+    objective(head, **args, depth=DEPTH, loss=loss, ramp=0.5, rule="rejection", temperature=1.0).loss_sum.backward()
+    assert all(p.grad is None for p in pack.model.parameters()) and args["lse"].grad is None
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+def test_an_empty_mask_gives_zero() -> None:
+    pack = _pack()
+    head = _head(pack)
+    args = {**pack.args, "loss_mask": torch.zeros_like(pack.args["loss_mask"])}
+    got = objective(head, **args, depth=DEPTH, loss="ramp", ramp=0.5, rule="target", temperature=1.0)
+    got.loss_sum.backward()
+    assert got.loss_sum == 0 and got.rows == (0, 0, 0) and got.loss_by_depth.tolist() == [0, 0, 0]
+    assert (got.estimate.accepted, got.estimate.verify_steps) == (0, 0)
+    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in head.parameters())
+
+
+def _train(pack: Pack, loss: str, steps: int = 50) -> tuple[float, float]:
+    """Estimated accept length before and after training on one pack."""
+    head = _head(pack)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.0)
+    for step in range(steps):
+        got = _objective(pack, head, loss=loss, ramp=step / steps)
+        if not step:
+            before = got.estimate.accept_length
+        optimizer.zero_grad()
+        (got.loss_sum / got.rows[0]).backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        return before, _objective(pack, head).estimate.accept_length
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl", "ramp"])
+def test_training_raises_the_accept_length(loss: str) -> None:
+    before, after = _train(_pack(), loss)
+    assert after > before + 0.6, (before, after)
+
+
+def test_tv_alone_has_hardly_a_gradient_from_a_cold_start() -> None:
+    """Where the draft is sure of a wrong token, KL pulls hard and TV, whose gradient carries the factor `q`, does not;
+    once the two overlap, both pull."""
+    pack = _pack()
+
+    def norm(head: DraftHead, loss: str) -> float:
+        grads = torch.autograd.grad(_objective(pack, head, loss=loss).loss_sum, list(head.parameters()))
+        return float(torch.cat([x.flatten() for x in grads]).norm())
+
+    warm, cold = _head(pack), _head(pack)
+    with torch.no_grad():
+        unused = pack.args["lm_head_weight"][0]
+        cold.fc.bias.add_(20 * unused / unused.norm())
+    assert _objective(pack, cold).estimate.accept_length < 1.05
+    assert norm(cold, "tv") < 1e-2 * norm(cold, "kl")
+    assert norm(warm, "tv") > 5e-2 * norm(warm, "kl")

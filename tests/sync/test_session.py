@@ -1,0 +1,303 @@
+"""A push is verified or its fault is acted on: a bad target stops, a bad draft only costs speculation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fakes import FakeEngine, flip_bit
+from miles_spec.rollout.engine import Engine
+from miles_spec.sync.session import Syncer, TargetSyncError, compare
+from miles_spec.sync.transports import InProcess
+from miles_spec.types import Role, WeightUpdate
+
+Named = dict[str, torch.Tensor]
+
+SHAPES = {"embed": (7, 4), "layer.weight": (4, 4), "norm": (4,), "scale": ()}
+
+
+def weights(seed: int, dtype: torch.dtype = torch.float32) -> dict[Role, Named]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "target": {n: torch.randn(s, generator=generator).to(dtype) for n, s in SHAPES.items()},
+        "draft": {"fc": torch.randn(4, 8, generator=generator).to(dtype), "norm": torch.ones(4, dtype=dtype)},
+    }
+
+
+def syncer(bucket_bytes: int = 100) -> Syncer:
+    return Syncer(InProcess(), bucket_bytes=bucket_bytes)
+
+
+def push(sync: Syncer, engine: FakeEngine, new: dict[Role, Named], version: int = 1, draft_version: int = 5):  # type: ignore[no-untyped-def]
+    return sync.push(
+        engine,
+        version=version,
+        target=new["target"].items(),
+        draft_version=draft_version,
+        draft=new["draft"].items(),
+    )
+
+
+def assert_serves(engine: FakeEngine, expected: dict[Role, Named]) -> None:
+    for role, named in expected.items():
+        for name, tensor in named.items():
+            assert torch.equal(engine.tensors[role][name], tensor), (role, name)
+
+
+def test_the_fake_is_an_engine() -> None:
+    assert isinstance(FakeEngine({}), Engine)
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 100, 10**6])
+def test_a_push_arrives_and_is_verified(bucket_bytes: int) -> None:
+    engine, sync, new = FakeEngine(weights(0)), syncer(bucket_bytes), weights(1)
+    receipts = push(sync, engine, new)
+    assert_serves(engine, new)
+    assert [(r.role, r.version, r.tensors, r.verified, r.attempts, r.engine) for r in receipts] == [
+        ("target", 1, 4, True, 1, "fake"),
+        ("draft", 5, 2, True, 1, "fake"),
+    ]
+    assert engine.versions() == {"target": 1, "draft": 5}
+    assert engine.sessions == [(1, ("target",)), (5, ("draft",))]
+    assert (sync.verified, sync.failed) == (2, 0)
+    assert sync.seconds["target"] > 0 and sync.seconds["draft"] > 0
+    sent = len(engine.loaded)
+    assert sent == {1: 6, 100: 4, 10**6: 2}[bucket_bytes]
+
+
+def test_the_target_alone() -> None:
+    engine, new = FakeEngine(weights(0)), weights(1)
+    (receipt,) = syncer().push(engine, version=1, target=new["target"].items())
+    assert receipt.verified
+    assert_serves(engine, {"target": new["target"], "draft": weights(0)["draft"]})
+
+
+def test_tensors_are_cast_to_what_the_engine_serves() -> None:
+    engine, new = FakeEngine(weights(0, torch.bfloat16)), weights(1)
+    assert all(r.verified for r in push(syncer(), engine, new))
+    assert_serves(engine, weights(1, torch.bfloat16))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_flipped_bit_of_the_target_is_noticed(data: st.DataObject) -> None:
+    victim = data.draw(st.sampled_from(sorted(SHAPES)))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    engine, sync = FakeEngine(weights(0, dtype)), syncer()
+    bit = data.draw(st.integers(0, 8 * engine.tensors["target"][victim].nbytes - 1))
+
+    def on_load(role: Role, name: str, tensor: torch.Tensor) -> None:
+        if name == victim:
+            flip_bit(tensor, bit)
+
+    engine.on_load = on_load
+    with pytest.raises(
+        TargetSyncError, match=f"'fake' does not serve the target of version 1.*{victim}: serves"
+    ) as caught:
+        push(sync, engine, weights(1, dtype))
+    receipt = caught.value.receipt
+    assert not receipt.verified and len(receipt.mismatched) == 1 and receipt.tensors == 4
+    assert engine.versions()["draft"] == 0  # the draft is not pushed after a bad target
+    assert (sync.verified, sync.failed) == (0, 1)
+
+
+def test_a_dropped_target_tensor_is_noticed() -> None:
+    engine = FakeEngine(weights(0))
+    engine.drop = {"norm"}
+    with pytest.raises(TargetSyncError, match="norm: serves"):
+        push(syncer(), engine, weights(1))
+
+
+def test_a_lost_bucket_is_noticed() -> None:
+    class Lossy(InProcess):
+        def send(self, engine, role, bucket) -> None:  # type: ignore[no-untyped-def]
+            if bucket[0][0] != "embed":
+                super().send(engine, role, bucket)
+
+    with pytest.raises(TargetSyncError, match="embed: serves"):
+        push(Syncer(Lossy(), bucket_bytes=1), FakeEngine(weights(0)), weights(1))
+
+
+def test_an_exception_in_the_target_closes_the_session_and_stops() -> None:
+    engine, sync = FakeEngine(weights(0)), syncer()
+
+    def on_load(role: Role, name: str, tensor: torch.Tensor) -> None:
+        raise OSError("the bus is down")
+
+    engine.on_load = on_load
+    with pytest.raises(TargetSyncError, match="OSError: the bus is down"):
+        push(sync, engine, weights(1))
+    assert engine.open == () and len(engine.sessions) == 1
+    engine.on_load = lambda *_: None
+    assert all(r.verified for r in push(sync, engine, weights(1)))
+
+
+def test_an_engine_that_keeps_its_old_version_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(weights(0))
+    monkeypatch.setattr(engine, "versions", lambda: {"target": 0, "draft": 0})
+    with pytest.raises(TargetSyncError, match="version: serves 0, sent 1"):
+        push(syncer(), engine, weights(1))
+
+
+def test_missing_and_unexpected_digests_are_faults() -> None:
+    engine = FakeEngine(weights(0), version=2)
+    sent = WeightUpdate(version=2, role="target", digests={"a": "x", "b": "y"})
+    receipt = compare(engine, sent, {"b": "y", "c": "z"})
+    assert receipt.mismatched == ("a: missing", "c: unexpected")
+    assert not receipt.verified
+    assert not compare(engine, WeightUpdate(version=2, role="target", digests={}), {}).verified  # nothing compared
+    assert compare(engine, sent, sent.digests).verified
+
+
+def test_a_bad_draft_is_pushed_again_and_then_good(caplog: pytest.LogCaptureFixture) -> None:
+    engine, sync, new = FakeEngine(weights(0)), syncer(), weights(1)
+    seen: list[str] = []
+
+    def on_load(role: Role, name: str, tensor: torch.Tensor) -> None:
+        if name == "fc" and not seen:
+            flip_bit(tensor, 9)
+        seen.extend([name] if name == "fc" else [])
+
+    engine.on_load = on_load
+    target, draft = push(sync, engine, new)
+    assert target.verified and draft.verified and draft.attempts == 2
+    assert engine.draft_depth == 3 and sync.drafting(engine)
+    assert (sync.verified, sync.failed) == (2, 1)
+    assert not caplog.records
+    assert_serves(engine, new)
+
+
+@pytest.mark.parametrize("fault", ["flip", "raise"])
+def test_a_draft_that_stays_bad_is_switched_off_until_a_push_verifies(
+    fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, sync = FakeEngine(weights(0)), syncer()
+
+    def on_load(role: Role, name: str, tensor: torch.Tensor) -> None:
+        if role == "draft" and fault == "flip":
+            flip_bit(tensor, 0)
+        elif role == "draft":
+            raise RuntimeError("no room")
+
+    engine.on_load = on_load
+    for version in (1, 2):
+        target, draft = push(sync, engine, weights(version), version, version)
+        assert target.verified and not draft.verified and draft.attempts == 2
+        assert draft.mismatched and (fault == "flip" or "RuntimeError: no room" in draft.mismatched[0])
+        assert engine.draft_depth == 0 and not sync.drafting(engine)
+        assert engine.open == ()
+    assert len(caplog.records) == 1 and "goes on without speculation" in caplog.text  # once, not at every push
+    assert (sync.verified, sync.failed) == (2, 4)
+
+    engine.on_load = lambda *_: None
+    _, draft = push(sync, engine, weights(3), 3, 3)
+    assert draft.verified and draft.attempts == 1
+    assert engine.draft_depth == 3 and sync.drafting(engine)
+    assert_serves(engine, weights(3))
+
+
+def test_engines_lose_their_drafts_one_by_one() -> None:
+    good, bad = FakeEngine(weights(0), name="good"), FakeEngine(weights(0), name="bad", draft_depth=5)
+    bad.drop = {"fc"}
+    sync = syncer()
+    for engine in (good, bad):
+        push(sync, engine, weights(1))
+    assert (good.draft_depth, bad.draft_depth) == (3, 0)
+    bad.drop = set()
+    push(sync, bad, weights(1))
+    assert (good.draft_depth, bad.draft_depth) == (3, 5)
+
+
+def refused(new: dict[Role, Named], message: str, engine: FakeEngine | None = None, **versions: int) -> None:
+    engine = engine or FakeEngine(weights(0), version=4)
+    with pytest.raises(ValueError, match=message):
+        push(syncer(), engine, new, **{"version": 5, **versions})
+    assert engine.sessions == []  # nothing was begun, the target's session included
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_names_and_shapes_are_checked_before_anything_is_sent(role: Role) -> None:
+    missing, extra, misshapen = weights(1), weights(1), weights(1)
+    del missing[role]["norm"]
+    extra[role]["odd"] = torch.zeros(1)
+    misshapen[role]["norm"] = torch.zeros(4, 1)
+    refused(missing, f"{role} tensor 'norm' is expected by engine 'fake' but not pushed")
+    refused(extra, f"{role} tensor 'odd' is pushed, but engine 'fake' has none of that name")
+    refused(misshapen, rf"{role} tensor 'norm' has shape \[4, 1\], but engine 'fake' expects \[4\]")
+
+
+def test_a_tensor_given_twice_is_refused() -> None:
+    engine, new = FakeEngine(weights(0)), weights(1)
+    with pytest.raises(ValueError, match="'norm' is pushed twice"):
+        syncer().push(engine, version=1, target=[*new["target"].items(), ("norm", torch.zeros(4))])
+
+
+def test_versions_may_repeat_but_not_go_back() -> None:
+    refused(weights(1), "serves target version 4 and a push must not go back to 3", version=3)
+    refused(weights(1), "serves draft version 4 and a push must not go back to 2", draft_version=2)
+    engine = FakeEngine(weights(0), version=4)
+    assert all(r.verified for r in push(syncer(), engine, weights(1), 4, 4))
+
+
+def test_an_engine_without_a_draft_is_named() -> None:
+    refused(weights(1), "'fake' has no draft", FakeEngine({"target": weights(0)["target"]}))
+
+
+def test_sizes_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        Syncer(InProcess(), bucket_bytes=0)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        Syncer(InProcess(), draft_attempts=0)
+
+
+def self_test(sync: Syncer, engine: FakeEngine, real: dict[Role, Named]):  # type: ignore[no-untyped-def]
+    return sync.self_test(
+        engine, version=0, target=real["target"].items(), draft_version=0, draft=real["draft"].items()
+    )
+
+
+def test_the_self_test_scrambles_every_tensor_and_puts_the_real_ones_back() -> None:
+    real = weights(0, torch.bfloat16)
+    engine, seen = FakeEngine(real), []
+    engine.on_load = lambda role, name, tensor: seen.append((role, name, torch.equal(tensor, real[role][name])))
+    receipts = self_test(syncer(), engine, real)
+    assert [(r.role, r.verified) for r in receipts] == [("target", True), ("draft", True)]
+    assert_serves(engine, real)
+    for role, named in real.items():
+        for name in named:
+            assert [same for r, n, same in seen if (r, n) == (role, name)] == [False, True]
+
+
+def test_the_self_test_notices_an_engine_that_ignores_pushes() -> None:
+    """It holds the same weights already, so that a plain push verifies; only the scrambled ones tell."""
+    engine = FakeEngine(weights(0))
+    engine.frozen = True
+    assert all(r.verified for r in push(syncer(), engine, weights(0), 0, 0))
+    with pytest.raises(TargetSyncError, match="embed: serves"):
+        self_test(syncer(), engine, weights(0))
+
+
+def test_the_self_test_switches_off_a_draft_that_ignores_pushes() -> None:
+    engine, sync = FakeEngine(weights(0)), syncer()
+    engine.drop = {"fc"}
+    target, draft = self_test(sync, engine, weights(0))
+    assert target.verified and not draft.verified and not sync.drafting(engine)
+    assert_serves(engine, {"target": weights(0)["target"]})
+    assert engine.draft_depth == 0
+
+
+def test_the_self_test_takes_bool_integer_and_empty_tensors() -> None:
+    real: dict[Role, Named] = {
+        "target": {
+            "mask": torch.tensor([True, False]),
+            "map": torch.arange(5),
+            "none": torch.zeros(0, 3),
+            "strided": torch.arange(6.0).view(2, 3).T,
+        }
+    }
+    engine = FakeEngine(real)
+    (receipt,) = syncer().self_test(engine, version=0, target=real["target"].items())
+    assert receipt.verified
+    assert_serves(engine, real)

@@ -1,0 +1,54 @@
+"""What every trainer offers; the loop knows trainers only by this.
+
+Invariant: whether the draft trains or not, the policy's weights after a step are the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from miles_spec.types import LossTerms, PackedBatch, Role
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Trainer(Protocol):
+    """Owns the policy, its draft and their optimizers."""
+
+    version: int
+    """Optimizer steps taken on the policy; the version its weights are pushed under."""
+    draft_version: int
+    """Optimizer steps taken on the draft, warm start included."""
+
+    def step(self, batches: Sequence[PackedBatch]) -> LossTerms:
+        """One optimizer step of policy and draft over all micro-batches of one minibatch."""
+        ...
+
+    def logprobs(self, batches: Sequence[PackedBatch], *, reference: bool = False) -> list[Tensor]:
+        """`[T]` float32 per batch: log-probability of `tokens[i]` given those before it in its segment (0 for a
+        segment's first token), at the rollout temperature, without gradient; of the reference model on request."""
+        ...
+
+    def warm_draft(self, batches: Sequence[PackedBatch], steps: int) -> Iterator[LossTerms]:
+        """`steps` optimizer steps of the draft alone, each on one of the micro-batches in turn; taken as they are asked
+        for."""
+        ...
+
+    def freeze_draft(self) -> None:
+        """Keeps a copy of the draft as it is now: the `frozen` one of `LossTerms.acceptance`."""
+        ...
+
+    def weights(self, role: Role) -> Iterator[tuple[str, Tensor]]:
+        """The tensors an engine serves, by their names in the exported checkpoint; detached, not copied."""
+        ...
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that resuming needs: named tensors (weights, optimizer moments, frozen draft, random state) and
+        JSON values."""
+        ...
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """The reverse of `state`. Raises `ValueError` naming the first tensor that is missing or misshapen."""
+        ...

@@ -1,0 +1,211 @@
+"""The draft's part of a training step: its objective on the policy's detached states, its optimizer, its frozen copy.
+
+Invariant: everything it takes from the policy is detached, and it writes to nothing but the draft.
+
+Dimensions: `T` tokens of a micro-batch, `H` hidden size, `V` vocabulary, `D` draft depths.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import isfinite, nan
+
+import torch
+from torch import Tensor
+
+from miles_spec.config import RunConfig
+from miles_spec.draft.modules import DraftHead
+from miles_spec.draft.objective import DraftObjective, Loss, objective
+from miles_spec.train.optimizer import AdamW
+from miles_spec.types import PackedBatch, SpecEstimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Teacher:
+    """What the policy's forward over a micro-batch leaves for the draft: all detached."""
+
+    hidden: Tensor
+    """`[T, H]` after the final norm, in the dtype of forward passes."""
+    lse: Tensor
+    """`[T]` float32 by row: log-sum-exp of the row's tempered logits where it predicts a sampled token, else 0."""
+    logprobs: Tensor
+    """`[T]` float32 by token: the policy's log-probability where it was sampled, else 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftTerms:
+    """The draft's fields of `LossTerms`, without their prefix."""
+
+    loss: float = 0.0
+    by_depth: tuple[float, ...] = ()
+    grad_norm: float = 0.0
+    seconds: float = 0.0
+    acceptance: dict[str, SpecEstimate] = field(default_factory=dict)
+
+
+class DraftTrainer:
+    """Owns one draft, its optimizer, and the copy that stays as it was."""
+
+    def __init__(self, draft: DraftHead, config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
+        """Takes over `draft` and moves it to `device` in float32; `dtype` is that of forward passes."""
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self.draft = draft.to(device=device, dtype=torch.float32).eval().requires_grad_(True)
+        self.optimizer = AdamW(
+            dict(draft.named_parameters()),
+            betas=config.train.betas,
+            weight_decay=config.draft.weight_decay,
+            clip=config.draft.clip,
+        )
+        self.frozen: DraftHead | None = None
+        self.frozen_version: int | None = None
+        self.warm_steps = 0
+        """How many of the optimizer's steps were warm-start steps."""
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps taken, warm start included."""
+        return self.optimizer.steps
+
+    @property
+    def ramp(self) -> float:
+        """How far the loss `ramp` is on its way from KL (0) to end-to-end TV (1); a warm start does not count."""
+        return min(1.0, (self.version - self.warm_steps) / max(1, self.config.draft.ramp_steps))
+
+    def freeze(self) -> None:
+        """Keeps a copy of the draft as it is now, in place of the last one."""
+        self.frozen = copy.deepcopy(self.draft).requires_grad_(False)
+        self.frozen_version = self.version
+
+    def begin(self, embed_weight: Tensor, head_weight: Tensor, *, train: bool, warm: bool) -> DraftStep:
+        """One step on the policy whose embedding and LM head `[V, H]` are given; they must not change before it ends.
+
+        Without `train` it only estimates acceptance. A `warm` step is on KL to the policy's distribution whatever
+        `draft.loss` says, since TV has no gradient while the two barely overlap.
+        """
+        self.optimizer.zero()
+        # cast once for all micro-batches
+        return DraftStep(
+            self, embed_weight.detach().to(self.dtype), head_weight.detach().to(self.dtype), train=train, warm=warm
+        )
+
+
+class DraftStep:
+    """One step: `add` each micro-batch, then `finish`."""
+
+    def __init__(self, owner: DraftTrainer, embed: Tensor, head: Tensor, *, train: bool, warm: bool) -> None:
+        self._owner, self._embed, self._head, self._train, self._warm = owner, embed, head, train, warm
+        self._watch = Stopwatch(owner.device)
+        depth = owner.config.draft.num_steps
+        self._kind: Loss = "kl" if warm else owner.config.draft.loss
+        self._ramp = owner.ramp
+        self._rows = [0] * depth
+        self._loss = torch.zeros((), device=owner.device)
+        self._by_depth = torch.zeros(depth, device=owner.device)
+        self._acceptance: dict[str, SpecEstimate] = {}
+
+    def add(self, batch: PackedBatch, teacher: Teacher) -> None:
+        """Objective and backward of one micro-batch, and the estimates of both drafts on it."""
+        owner = self._owner
+        with self._watch.running():
+            with torch.set_grad_enabled(self._train):
+                got = self._objective(owner.draft, batch, teacher)
+            if self._train:
+                # the sum, since how many rows all micro-batches have together is known only in the end
+                if got.rows[0]:
+                    got.loss_sum.backward()
+                self._rows = [a + b for a, b in zip(self._rows, got.rows, strict=True)]
+                self._loss += got.loss_sum.detach()
+                self._by_depth += got.loss_by_depth
+            self._estimate("cotrained", got.estimate)
+            if owner.frozen is not None:
+                if owner.frozen_version != owner.version:
+                    with torch.no_grad():
+                        got = self._objective(owner.frozen, batch, teacher)
+                self._estimate("frozen", got.estimate)
+
+    def finish(self) -> DraftTerms:
+        """The optimizer step, unless no row counted. A gradient that is not finite leaves the draft as it is and shows
+        as a norm of NaN: a draft's fault costs speed, never the run."""
+        owner, config = self._owner, self._owner.config.draft
+        if not self._train or not self._rows[0]:
+            return DraftTerms(seconds=self._watch.seconds, acceptance=self._acceptance)
+        with self._watch.running():
+            lr = config.warmup_lr or config.lr if self._warm else config.lr
+            norm = owner.optimizer.step(lr, divisor=self._rows[0])
+        if isfinite(norm):
+            owner.warm_steps += self._warm
+        sums = self._by_depth.tolist()
+        return DraftTerms(
+            loss=float(self._loss) / self._rows[0],
+            by_depth=tuple(s / n if n else 0.0 for s, n in zip(sums, self._rows, strict=True)),
+            grad_norm=norm if isfinite(norm) else nan,
+            seconds=self._watch.seconds,
+            acceptance=self._acceptance,
+        )
+
+    def _objective(self, head: DraftHead, batch: PackedBatch, teacher: Teacher) -> DraftObjective:
+        config = self._owner.config
+        with autocast(self._owner.device, self._owner.dtype):
+            return objective(
+                head,
+                self._embed,
+                self._head,
+                teacher.hidden,
+                batch.layout,
+                batch.tokens,
+                batch.loss_mask,
+                teacher.lse,
+                teacher.logprobs,
+                depth=config.draft.num_steps,
+                loss=self._kind,
+                ramp=self._ramp,
+                rule=config.rollout.rule,
+                temperature=config.rollout.temperature or 1.0,
+            )
+
+    def _estimate(self, which: str, estimate: SpecEstimate) -> None:
+        before = self._acceptance.get(which)
+        self._acceptance[which] = estimate if before is None else before + estimate
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Forward passes in `dtype`; in float32 they are left alone."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+class Stopwatch:
+    """Seconds of work, summed over pieces. A GPU's time is measured by the GPU, without waiting before `seconds`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Adds what happens inside."""
+        if not self._cuda:
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+            return
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        yield
+        last.record()
+        self._events.append((first, last))
+
+    @property
+    def seconds(self) -> float:
+        """The sum so far; waits for the GPU."""
+        for first, last in self._events:
+            last.synchronize()
+            self._seconds += first.elapsed_time(last) / 1e3
+        self._events.clear()
+        return self._seconds

@@ -1,0 +1,122 @@
+"""Packs scored samples into the micro-batches of one or more optimizer steps.
+
+Invariant: how samples fall into micro-batches changes no weight, so the loss of a minibatch is the same under any
+token budget.
+
+Dimensions: `T` tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+
+from miles_spec.kernels.layout import PackedLayout
+from miles_spec.types import PackedBatch, Sample
+
+Aggregation = Literal["sequence", "token", "constant"]
+
+
+def pack(
+    samples: Sequence[Sample],
+    advantages: Sequence[float],
+    *,
+    token_budget: int,
+    aggregation: Aggregation,
+    max_new_tokens: int,
+    minibatches: int,
+    device: torch.device | str,
+) -> list[list[PackedBatch]]:
+    """Minibatches (one optimizer step each) of micro-batches (one forward each).
+
+    Samples go to minibatches whole and in order, as evenly as they divide; there are fewer minibatches than asked for
+    if there are fewer samples. A sample's prompt and response form one segment. A micro-batch holds at most
+    `token_budget` tokens, but a longer sample travels alone. A sample without response tokens counts as a sample of
+    its minibatch and adds nothing else.
+
+    `aggregation` sets the weight of a response token; `N` is the number of samples of its minibatch:
+
+    - `sequence`: `1 / (n * N)`, `n` the response tokens of its sample (GRPO, arXiv 2402.03300, equation 3).
+    - `token`: `1 / response tokens of the minibatch` (DAPO, arXiv 2503.14476, section 3.3).
+    - `constant`: `1 / (N * max_new_tokens)` (Dr. GRPO, arXiv 2503.20783, section 3.2).
+
+    Raises `ValueError` for a prompt without tokens, since no row could predict its first response token.
+    """
+    assert len(samples) == len(advantages), "one advantage per sample"
+    for sample in samples:
+        if not sample.prompt.tokens:
+            raise ValueError(f"prompt {sample.prompt.id!r} has no tokens; give it at least one")
+    scored = list(zip(samples, advantages, strict=True))
+    count = min(minibatches, len(scored))
+    bounds = [i * len(scored) // count for i in range(count + 1)] if count else []
+    out = []
+    for start, end in pairwise(bounds):
+        part = scored[start:end]
+        weight = _token_weight([s for s, _ in part], aggregation, max_new_tokens)
+        bins = _first_fit([_length(s) for s, _ in part], token_budget)
+        out.append([_batch([part[i] for i in members], weight, device) for members in bins])
+    return out
+
+
+def _length(sample: Sample) -> int:
+    return len(sample.prompt.tokens) + len(sample.completion.tokens)
+
+
+def _token_weight(samples: Sequence[Sample], aggregation: Aggregation, max_new_tokens: int) -> Callable[[int], float]:
+    """From a sample's number of response tokens (at least 1) to the weight of each of them."""
+    n = len(samples)
+    if aggregation == "sequence":
+        return lambda length: 1 / (length * n)
+    if aggregation == "constant":
+        return lambda length: 1 / (n * max_new_tokens)
+    total = sum(len(s.completion.tokens) for s in samples)
+    return lambda length: 1 / total
+
+
+def _first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices per bin: longest first, each into the first bin that has room (first-fit decreasing)."""
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        slot = next((b for b, room in enumerate(free) if lengths[i] <= room), None)
+        if slot is None:
+            bins.append([i])
+            free.append(budget - lengths[i])
+        else:
+            bins[slot].append(i)
+            free[slot] -= lengths[i]
+    return bins
+
+
+def _batch(
+    members: Sequence[tuple[Sample, float]], weight: Callable[[int], float], device: torch.device | str
+) -> PackedBatch:
+    tokens: list[int] = []
+    mask: list[bool] = []
+    advantages: list[float] = []
+    logprobs: list[float] = []
+    weights: list[float] = []
+    for sample, advantage in members:
+        prompt, done = sample.prompt.tokens, sample.completion
+        p, n = len(prompt), len(done.tokens)
+        tokens += [*prompt, *done.tokens]
+        mask += [False] * p + [True] * n
+        advantages += [0.0] * p + [advantage] * n
+        logprobs += [0.0] * p + list(done.logprobs)
+        weights += [0.0] * p + ([weight(n)] * n if n else [])
+    assert len(logprobs) == len(tokens), "one log-probability per response token"
+
+    def floats(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    return PackedBatch(
+        layout=PackedLayout.make([_length(s) for s, _ in members], device),
+        tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
+        loss_mask=torch.tensor(mask, dtype=torch.bool, device=device),
+        advantages=floats(advantages),
+        rollout_logprobs=floats(logprobs),
+        weights=floats(weights),
+    )
