@@ -94,10 +94,19 @@ class PackedAttention:
         assert query.shape[0] == 1 and query.shape[2] == sum(self.lengths)
         if not self.lengths:
             return query
+        # under autocast the rotary embedding leaves queries and keys in float32; values show the compute dtype
+        dtype = value.dtype
         if query.is_cuda:
-            if varlen_attn is not None and query.dtype in (torch.bfloat16, torch.float16):
-                return self._varlen(query, key, value, scale)
-            _note_slow_path(query.dtype)
+            if varlen_attn is not None and dtype in (torch.bfloat16, torch.float16):
+                return self._varlen(query.to(dtype), key.to(dtype), value, scale)
+            _note_slow_path(dtype)
+            return self._segments(query, key, value, scale)
+        # flash attention's backward in half precision is four times slower on a CPU than in float32
+        wide = torch.promote_types(dtype, torch.float32)
+        with torch.autocast("cpu", enabled=False):
+            return self._segments(query.to(wide), key.to(wide), value.to(wide), scale).to(dtype)
+
+    def _segments(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         parts = zip(*(x.split(self.lengths, dim=2) for x in (query, key, value)), strict=True)
         grouped = query.shape[1] != key.shape[1]
         outs = [

@@ -47,12 +47,16 @@ class _LogProb(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, temperature: float, chunk_rows: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         out, entropy, lse = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
+        buffers = _Buffers(hidden, head, chunk_rows, count=2)
         with no_autocast(hidden):
             for rows in chunks(hidden.shape[0], chunk_rows):
-                logits = (hidden[rows] @ head.T).float().div_(temperature)
-                lse[rows] = torch.logsumexp(logits, -1)
-                out[rows] = logits.gather(-1, labels[rows, None]).squeeze(-1) - lse[rows]
-                entropy[rows] = lse[rows] - (logits * (logits - lse[rows, None]).exp_()).sum(-1)
+                logits, weights = buffers.logits(hidden[rows], head, temperature)
+                top = logits.amax(-1, keepdim=True)
+                torch.exp(logits.sub_(top), out=weights)
+                mass = weights.sum(-1)
+                lse[rows] = mass.log() + top[:, 0]
+                out[rows] = logits.gather(-1, labels[rows, None])[:, 0] - mass.log()
+                entropy[rows] = mass.log() - weights.mul_(logits).sum(-1) / mass
         ctx.save_for_backward(hidden, head, labels, lse)
         ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
         ctx.mark_non_differentiable(entropy, lse)
@@ -65,18 +69,44 @@ class _LogProb(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         # a head gradient is a sum over all rows: chunks are added in float32
         d_head = torch.zeros_like(head, dtype=torch.float32) if need_head else None
+        buffers = _Buffers(hidden, head, ctx.chunk_rows, count=1)
+        product = torch.empty_like(head) if need_head else None
         with no_autocast(hidden):
             for rows in chunks(hidden.shape[0], ctx.chunk_rows):
-                logits = (hidden[rows] @ head.T).float().div_(ctx.temperature)
+                (logits,) = buffers.logits(hidden[rows], head, ctx.temperature)
                 scaled = grad[rows, None] / ctx.temperature
-                d_logits = logits.sub_(lse[rows, None]).exp_().mul_(-scaled)
-                d_logits.scatter_add_(-1, labels[rows, None], scaled)
-                d_logits = d_logits.to(head.dtype)
+                weighted = logits.sub_(lse[rows, None]).exp_().mul_(-scaled)
+                weighted.scatter_add_(-1, labels[rows, None], scaled)
+                d_logits = buffers.narrow(weighted)
                 if d_hidden is not None:
                     d_hidden[rows] = d_logits @ head
                 if d_head is not None:
-                    d_head += d_logits.T @ hidden[rows]
+                    d_head += torch.mm(d_logits.T, hidden[rows], out=product)
         return d_hidden, d_head.to(head.dtype) if d_head is not None else None, None, None, None
+
+
+class _Buffers:
+    """Memory for the logits of one chunk, taken once: allocating it anew for every chunk costs a CPU more than the sums
+    over it."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, chunk_rows: int, *, count: int) -> None:
+        """One buffer in the head's dtype and `count` in float32, each of `chunk_rows` rows at most."""
+        shape = (min(chunk_rows, hidden.shape[0]), head.shape[0])
+        self._product = hidden.new_empty(shape)
+        self._wide = [hidden.new_empty(shape, dtype=torch.float32) for _ in range(count)]
+
+    def logits(self, hidden: Tensor, head: Tensor, temperature: float) -> list[Tensor]:
+        """The float32 buffers for these rows, the first of them filled with tempered logits."""
+        rows = hidden.shape[0]
+        wide = [w[:rows] for w in self._wide]
+        wide[0].copy_(torch.mm(hidden, head.T, out=self._product[:rows]))
+        if temperature != 1:
+            wide[0].div_(temperature)
+        return wide
+
+    def narrow(self, values: Tensor) -> Tensor:
+        """`values` in the head's dtype."""
+        return self._product[: values.shape[0]].copy_(values)
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:

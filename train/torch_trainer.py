@@ -29,8 +29,8 @@ from miles_spec.train.losses import PolicyLoss, policy_loss
 from miles_spec.train.optimizer import AdamW
 from miles_spec.types import LossTerms, PackedBatch, Role
 
-CHUNK_ROWS = 512
-"""Rows whose logits exist at one time: `[512, V]`."""
+CHUNK_ROWS = 256
+"""Rows whose logits exist at one time: `[256, V]`."""
 
 
 class TorchTrainer:
