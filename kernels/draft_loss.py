@@ -60,7 +60,7 @@ def draft_loss(
     *,
     rule: VerifyRule,
     temperature: float,
-    chunk_rows: int = 1024,
+    chunk_rows: int = 128,
 ) -> DraftLossRows:
     """Losses of draft states against the target's rows that they imitate.
 

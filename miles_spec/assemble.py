@@ -31,7 +31,7 @@ from miles_spec.sync.session import Syncer
 from miles_spec.sync.transports import InProcess
 from miles_spec.train.packing import pack
 from miles_spec.train.torch_trainer import TorchTrainer
-from miles_spec.types import LossTerms, Receipt, Request, Sample, Sampling
+from miles_spec.types import LossTerms, Prompt, Receipt, Request, Sample, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -51,26 +51,30 @@ class Run:
     trainer: TorchTrainer
     engine: EmbeddedEngine
     syncer: Syncer
-    cost: CostModel
+    cost: CostModel | None
+    """Of the engine without speculation; None in a run without a draft, which has none to compare with."""
     step: int
     """Steps done before, by the run that is resumed."""
+    time_s: float
+    """Wall time they took."""
     warmup_losses: tuple[float, ...]
     """The draft's loss at each step of its warm start; empty when resumed."""
 
-    def save(self, step: int, cursor: dict[str, Any]) -> Path:
-        """Writes the checkpoint of `step`, after which the data goes on at `cursor`."""
+    def save(self, step: int, cursor: dict[str, Any], time_s: float) -> Path:
+        """Writes the checkpoint of `step`, reached in `time_s`, after which the data goes on at `cursor`."""
         tensors, values = self.trainer.state()
-        values = {"trainer": values, "source": cursor}
+        values = {"trainer": values, "source": cursor, "time_s": time_s}
         return checkpoint.save(self.out, step, tensors, values, keep=self.config.checkpoint.keep)
 
     def pieces(self, sample: Sample) -> list[str]:
         """The text of each response token."""
         return [self.tokenizer.decode([token]) for token in sample.completion.tokens]
 
-    def push(self) -> list[Receipt]:
-        """Sends the trainer's weights to the engine; the receipts."""
+    def push(self, *, self_test: bool = False) -> list[Receipt]:
+        """Sends the trainer's weights to the engine; the receipts. With `self_test`, see `Syncer.self_test`."""
         draft = self.trainer.weights("draft") if self.trainer.draft is not None else None
-        return self.syncer.push(
+        send = self.syncer.self_test if self_test else self.syncer.push
+        return send(
             self.engine,
             version=self.trainer.version,
             target=self.trainer.weights("target"),
@@ -85,6 +89,7 @@ def assemble(config: RunConfig, live: LiveTable) -> Run:
     Raises `ValueError` in one sentence for whatever cannot work, the cheap checks first.
     """
     out = Path(config.out)
+    torch.manual_seed(config.seed)  # whatever else is random, such as a user's reward; resuming brings its state back
     scorer = Scorer(config.reward)
     live.phase("loading the model")
     loaded = models.load(config.model)
@@ -95,6 +100,10 @@ def assemble(config: RunConfig, live: LiveTable) -> Run:
     if saved is not None:
         source.load_state(saved.values["source"])
     rollout, draft_config = config.rollout, config.draft
+    max_context = rollout.max_context or config.data.max_prompt_tokens + rollout.max_new_tokens
+    _check_context(max_context, loaded.model)
+    if draft_config.enabled:
+        models.check_draftable(loaded.model)
     engine = EmbeddedEngine(
         loaded.model,
         None,
@@ -104,14 +113,22 @@ def assemble(config: RunConfig, live: LiveTable) -> Run:
         rule=rollout.rule,
         max_batch=draft_config.max_batch,
         max_running=rollout.max_running,
-        max_context=rollout.max_context or config.data.max_prompt_tokens + rollout.max_new_tokens,
+        max_context=max_context,
         prefill_chunk_tokens=rollout.prefill_chunk_tokens,
     )
-    # rollouts without speculation: they check the cost model, and a fresh draft learns from them
-    live.phase("rollouts without speculation")
-    plain, cost = _plain_rollouts(engine, source, config, live)
-    draft = None
+    draft = cost = None
+    plain: list[Sample] = []
+    # taken in a run without a draft too: the policy sees the same prompts either way
+    count = draft_config.warmup_prompts
+    if saved is not None:
+        count = min(count, 2 * rollout.max_running)
+    prompts = source.take(count)
+    if saved is not None:
+        source.load_state(saved.values["source"])
     if draft_config.enabled:
+        # rollouts without speculation: they check the cost model, and a fresh draft learns from them
+        live.phase("rollouts without speculation")
+        plain, cost = _plain_rollouts(engine, prompts, config, live)
         saved_ids = None if saved is None else saved.tensors.get("draft.vocab_ids")
         vocab_ids = saved_ids if saved is not None else _vocabulary(plain, draft_config.vocab_size, loaded.model)
         generator = torch.Generator().manual_seed(config.seed)
@@ -139,9 +156,10 @@ def assemble(config: RunConfig, live: LiveTable) -> Run:
         syncer=Syncer(InProcess()),
         cost=cost,
         step=0 if saved is None else saved.step,
+        time_s=0.0 if saved is None else saved.values["time_s"],
         warmup_losses=tuple(losses),
     )
-    run.push()
+    run.push(self_test=True)
     return run
 
 
@@ -162,14 +180,20 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
+def _check_context(max_context: int, model: Any) -> None:
+    """Raises `ValueError` if the model was not made for sequences that long."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and max_context > most:
+        raise ValueError(
+            f"the context of {max_context} tokens (rollout.max_context, or data.max_prompt_tokens + "
+            f"rollout.max_new_tokens) is longer than the model's {most}; lower them"
+        )
+
+
 def _plain_rollouts(
-    engine: EmbeddedEngine, source: PromptSource, config: RunConfig, live: LiveTable
+    engine: EmbeddedEngine, prompts: Sequence[Prompt], config: RunConfig, live: LiveTable
 ) -> tuple[list[Sample], CostModel]:
-    """One response to each of the first `draft.warmup_prompts` prompts, without moving the source on, and the cost
-    model of the engine, its error measured on them."""
-    cursor = source.state()
-    prompts = source.take(config.draft.warmup_prompts)
-    source.load_state(cursor)
+    """One response to each prompt, and the cost model of the engine, its error measured on them."""
     cost = calibrate(engine, max((p.tokens for p in prompts), key=len))
     requests = [
         Request(id=str(i), tokens=p.tokens, sampling=sampling(config), seed=seed_of(config.seed, "plain", i))

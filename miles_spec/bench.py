@@ -24,7 +24,7 @@ from miles_spec.tracking import write_summary
 from miles_spec.types import Request
 
 BATCHES = (1, 2, 4, 8)
-REQUESTS = 8
+REQUESTS = 16
 
 
 def rollout(config: RunConfig, result: Path | None, *, batches: Sequence[int] = BATCHES, turns: int = 3) -> list[Row]:

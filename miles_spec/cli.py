@@ -1,7 +1,7 @@
 """The command line: one function per command.
 
-Invariant: this module loads no torch; a command loads what it needs when it runs. A `ValueError` that our own code
-raised is the user's to mend and is printed as one sentence, exit status 2; anything else keeps its traceback.
+Invariant: this module loads no torch; a command loads what it needs when it runs. An error of one of the kinds in
+`SENTENCES` that our own code raised is printed as one sentence, exit status 2; anything else keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from types import TracebackType
 from typing import Any
 
 from miles_spec import __version__
+from miles_spec.types import RunError
 
 TRACEBACK = "MILES_SPEC_TRACEBACK"
-"""Environment variable; any value keeps the traceback of the user's mistakes too."""
+"""Environment variable; any value keeps the traceback of every error."""
+
+SENTENCES = (ValueError, OSError, FloatingPointError, RunError)
+"""The user's mistakes, disks and files that fail, a training that diverged, weights that did not arrive."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, or 2 for a mistake that the message says how to mend."""
+    """Runs one command and returns its exit status: 0, or 2 for an error that the message explains."""
     arguments, settings = _parser().parse_known_args(argv)
     try:
         if settings and "run" not in arguments:
             raise ValueError(f"unexpected argument {settings[0]}; see `miles-spec --help`")
         arguments.command(arguments, settings)
-    except ValueError as e:
+    except SENTENCES as e:
         if TRACEBACK in os.environ or not _ours(e.__traceback__):
             raise
         print(f"miles-spec: error: {e}", file=sys.stderr)

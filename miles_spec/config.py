@@ -281,7 +281,7 @@ _NOT_EMPTY = {
 }
 _BETWEEN = {
     "rollout.top_p": (0, 1, "give a probability above 0, at most 1"),
-    "draft.num_steps": (-1, 16, "give 0 (no speculation) to 16"),
+    "draft.num_steps": (-1, 16, "give 1 to 16"),
 }
 """Exclusive lower and inclusive upper bound."""
 _Need = Callable[[bool, str, str], None]
@@ -319,6 +319,11 @@ def validate(config: RunConfig) -> None:
         need(above < flat[key] <= most, key, advice)
     _validate_text(config, need)
     _validate_rollout(config.rollout, config.data.max_prompt_tokens, need)
+    need(
+        config.draft.num_steps > 0 or not config.draft.enabled,
+        "draft.num_steps",
+        "nothing would be drafted; give 1 to 16, or set draft.enabled = false",
+    )
     _validate_train(config.train, config.rollout, need)
 
 

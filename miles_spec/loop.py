@@ -7,6 +7,7 @@ Invariant: a checkpoint holds the state between two steps, never within one, so 
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,10 +21,11 @@ from miles_spec.live import LiveTable
 from miles_spec.metrics import summary, sync_metrics, training_metrics
 from miles_spec.sampling import Groups, sample
 from miles_spec.settings import dump
+from miles_spec.sync.session import TargetSyncError
 from miles_spec.tracking import Tracker, write_summary
 from miles_spec.train.advantages import advantages
 from miles_spec.train.packing import pack
-from miles_spec.types import LossTerms, PackedBatch, StepReport
+from miles_spec.types import LossTerms, PackedBatch, Receipt, StepReport
 
 
 def train(config: RunConfig) -> Path:
@@ -34,44 +36,56 @@ def train(config: RunConfig) -> Path:
     """
     with LiveTable(steps=config.steps) as live, _interruptible() as interrupted:
         run = assemble(config, live)
-        begun, step, cursor = time.perf_counter(), run.step, run.source.state()
-        whole = run.trainer.version, run.trainer.draft_version
+        begun, step, cursor = time.perf_counter() - run.time_s, run.step, run.source.state()
+        saved, saving_s = step, 0.0
+        stepping, whole = False, (run.trainer.version, run.trainer.draft_version)
         with Tracker(run.out, config.tracking, dump(config), run.step) as tracker:
+            if step < config.steps:
+                _forget_results(run.out)
             for number, loss in enumerate(run.warmup_losses, 1):
                 tracker.warmup(number, {"draft_loss": loss})
             try:
                 while step < config.steps and not interrupted():
                     groups = sample(run, step + 1, live)
                     live.phase("training")
-                    started = time.perf_counter()
+                    started, stepping = time.perf_counter(), True
                     terms = optimize(run, groups)
                     trained = time.perf_counter()
                     live.phase("sync")
-                    receipts = run.push()
+                    receipts, refused = _push(run)
                     synced = time.perf_counter()
                     step, cursor = step + 1, run.source.state()
-                    whole = run.trainer.version, run.trainer.draft_version
-                    if due(config, step):
-                        live.phase("saving")
-                        run.save(step, cursor)
+                    stepping, whole = False, (run.trainer.version, run.trainer.draft_version)
                     metrics = {
-                        "time_s": time.perf_counter() - begun,
+                        "time_s": synced - begun,
                         **groups.metrics,
-                        **training_metrics(terms, trained - started, groups.metrics["accept_length"]),
+                        **training_metrics(terms, trained - started, groups.metrics.get("accept_length")),
                         **sync_metrics(receipts, synced - trained),
-                        "seconds_checkpoint": time.perf_counter() - synced,
+                        "seconds_checkpoint": saving_s,
                     }
                     shown = tuple(groups.samples[: config.tracking.samples])
                     report = StepReport(step=step, metrics=metrics, samples=shown)
+                    # before the checkpoint: on resuming, a line too many is dropped, but one too few stays missing
                     tracker.write(report, [run.pieces(s) for s in shown])
                     live.update(report)
+                    if refused is not None:
+                        raise refused
+                    saving_s = 0.0
+                    if due(config, step):
+                        live.phase("saving")
+                        saved = step
+                        run.save(step, cursor, time.perf_counter() - begun)
+                        saving_s = time.perf_counter() - synced
             finally:
                 # also after an error, unless it came halfway through the optimizer steps
-                untouched = whole == (run.trainer.version, run.trainer.draft_version)
-                if step > run.step and not due(config, step) and untouched:
+                halfway = stepping and isinstance(sys.exception(), KeyboardInterrupt)
+                untouched = whole == (run.trainer.version, run.trainer.draft_version) and not halfway
+                if step > saved and untouched:
                     live.phase("saving")
-                    run.save(step, cursor)
-    write_summary(run.out, summary(rundir.read(run.out).steps))
+                    run.save(step, cursor, time.perf_counter() - begun)
+    if step:
+        written = rundir.read(run.out)
+        write_summary(run.out, summary(written.steps, written.bench))
     return run.out
 
 
@@ -101,6 +115,23 @@ def _with_logprobs(run: Run, batches: list[PackedBatch], *, old: bool) -> list[P
         scores = run.trainer.logprobs(batches, reference=True)
         batches = [replace(b, ref_logprobs=s) for b, s in zip(batches, scores, strict=True)]
     return batches
+
+
+def _push(run: Run) -> tuple[list[Receipt], TargetSyncError | None]:
+    """Sends the weights; the receipts, and what ends the run if the target's is bad.
+
+    It is not raised here since the trainer's step is whole: it is recorded and saved first.
+    """
+    try:
+        return run.push(), None
+    except TargetSyncError as error:
+        return [error.receipt], error
+
+
+def _forget_results(out: Path) -> None:
+    """Removes what an earlier end of the run, or an earlier run, said of weights that are about to change."""
+    for name in ("summary.json", "bench.json"):
+        (out / name).unlink(missing_ok=True)
 
 
 def due(config: RunConfig, step: int) -> bool:

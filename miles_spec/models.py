@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
 from miles_spec.config import ModelConfig
-from miles_spec.kernels.attention import NAME, PackedAttention
-from miles_spec.kernels.layout import PackedLayout
+from miles_spec.kernels.attention import NAME
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +73,9 @@ def load(config: ModelConfig) -> Loaded:
                 folder, dtype=torch.float32, attn_implementation=NAME, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, RuntimeError) as e:
-            raise ValueError(f"cannot load the model in {folder}: {str(e).splitlines()[0]}") from e
+        except Exception as e:  # of every kind: safetensors and tokenizers raise their own
+            why = (str(e) or type(e).__name__).splitlines()[0]
+            raise ValueError(f"cannot load the model in {folder}: {why}") from e
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{folder} lacks {len(missing)} tensors of a {kind} model, {missing[0]!r} the first")
     model = model.to(device).eval()
@@ -113,36 +114,62 @@ def cast(module: M, dtype: torch.dtype) -> M:
 def check_supported(model: PreTrainedModel, context_tokens: int = 0) -> None:
     """Raises `ValueError` in one sentence for a model whose forward we would not reproduce.
 
-    That is one with attention other than plain causal within `context_tokens` (sliding window, soft-capped scores), or
-    whose logits are more than its head applied to the trunk's last state (scaling, soft-capping, a head bias).
+    That is one with attention other than plain causal within `context_tokens` (sliding window, soft-capped scores),
+    with layers that do not attend at all (recurrent ones), or whose logits are more than its head applied to the
+    trunk's last state (scaling, soft-capping, a head bias).
     """
     kind = model.config.model_type
     window = getattr(model.config, "sliding_window", None)
     if getattr(model.config, "use_sliding_window", True) and window is not None and window < context_tokens:
         raise ValueError(
-            f"{kind}: its attention slides over {window} tokens, fewer than the {context_tokens} of the longest sequence"
+            f"{kind}: its attention slides over {window} tokens, fewer than the {context_tokens} of the longest "
+            "sequence"
         )
     device = embed_weight(model).device
     ids = torch.arange(8, device=device)[None] % model.config.vocab_size
-    layout = PackedLayout.make([8], device)
+    attended: list[int] = []
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        attended.append(layer)
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+
     with torch.no_grad():
         model.config._attn_implementation = "eager"
         try:
             expected = model(ids, use_cache=False).logits[0].float()
         finally:
             model.config._attn_implementation = NAME
-        attend = PackedAttention(layout)
-        hidden = trunk(model)(
-            ids, position_ids=layout.positions[None], attend=attend, use_cache=False
-        ).last_hidden_state
-        got = (hidden[0] @ head_weight(model).T).float()
+        try:
+            hidden = trunk(model)(ids, attend=attend, use_cache=False).last_hidden_state
+            got = (hidden[0] @ head_weight(model).T).float()
+        except Exception as e:  # a model that is built otherwise can fail in any way
+            raise ValueError(f"{kind}: this project's attention cannot run it: {e}") from e
+    layers = model.config.num_hidden_layers
+    if attended != list(range(layers)):
+        raise ValueError(
+            f"{kind}: {len(set(attended))} of its {layers} layers use plain attention, so this model is not supported"
+        )
+    if getattr(model.config, "num_key_value_heads", None) is None:
+        raise ValueError(f"{kind}: its configuration names no num_key_value_heads, so this model is not supported")
     error = float((got - expected).norm() / expected.norm())
     tolerance = 1e-3 if embed_weight(model).dtype == torch.float32 else 5e-2
     if not error < tolerance:
         raise ValueError(
-            f"{kind}: its logits are not its LM head applied to its last hidden state (relative difference {error:.1e}), "
-            "so this model is not supported"
+            f"{kind}: its logits are not its LM head applied to its last hidden state (relative difference "
+            f"{error:.1e}), so this model is not supported"
         )
+
+
+def check_draftable(model: PreTrainedModel) -> None:
+    """Raises `ValueError` in one sentence for a model whose decoder layer cannot start a draft."""
+    layer = next(reversed(getattr(model.base_model, "layers", ())), None)
+    for block, projection in (("self_attn", "o_proj"), ("mlp", "down_proj")):
+        if not hasattr(getattr(layer, block, None), projection):
+            raise ValueError(
+                f"{model.config.model_type}: its decoder layers have no {block}.{projection}, so no draft can be "
+                "attached; set draft.enabled = false"
+            )
 
 
 def smollm2_folder() -> Path:

@@ -95,22 +95,27 @@ class Tracker:
         """Starts in the directory `out`, made if need be, after step `resume_step`; 0 drops an earlier run's lines.
 
         `run_config_text` is the run's whole configuration in TOML. Raises `ValueError` for a tracker that is asked for
-        and not installed, and for a file whose lines cannot be read, before any file changes.
+        and not installed, and for a file whose lines cannot be read, before any file changes; `OSError`, naming the
+        directory, where the disk is full or fails.
         """
         self._samples = config.samples
         values = tomllib.loads(run_config_text)
         tensorboard = _load("torch.utils.tensorboard", "tensorboard") if config.tensorboard else None
         wandb = _load("wandb", "wandb") if config.wandb else None
         trackio = _load("trackio", "trackio") if config.trackio else None
-        out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             paths = (out / "metrics.jsonl", out / "samples.jsonl")
             kept = [_kept_lines(path, resume_step) for path in paths]
-            for path, text in zip(paths, kept, strict=True):
-                _write_atomically(path, text)
-            _write_atomically(out / "config.toml", run_config_text)
-            self._metrics_file = stack.enter_context(paths[0].open("a", encoding="utf-8"))
-            self._samples_file = stack.enter_context(paths[1].open("a", encoding="utf-8"))
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                for path, text in zip(paths, kept, strict=True):
+                    _write_atomically(path, text)
+                _write_atomically(out / "config.toml", run_config_text)
+                # without a buffer, which would try again on closing what could not be written
+                files = [stack.enter_context(path.open("ab", buffering=0)) for path in paths]
+            except OSError as error:
+                raise OSError(f"the run's directory {out} cannot be written ({error.strerror or error})") from error
+            self._metrics_file, self._samples_file = files
             self._sinks: list[_Sink] = []
             if tensorboard:
                 self._add(stack, _TensorBoard(tensorboard, out, resume_step))
@@ -140,7 +145,8 @@ class Tracker:
     def write(self, report: StepReport, pieces: Sequence[Sequence[str]] = ()) -> None:
         """One step: a line in `metrics.jsonl`, and the first `config.samples` of its samples in `samples.jsonl`.
 
-        `pieces[i][j]` is the text of response token `j` of `report.samples[i]`.
+        `pieces[i][j]` is the text of response token `j` of `report.samples[i]`. Raises `OSError`, naming the file,
+        where the disk is full or fails.
         """
         for sample, texts in list(zip(report.samples, pieces, strict=True))[: self._samples]:
             _append(self._samples_file, _sample_line(report.step, sample, texts))
@@ -205,9 +211,13 @@ def _sample_line(step: int, sample: Sample, pieces: Sequence[str]) -> dict[str, 
     }
 
 
-def _append(file: Any, line: Mapping[str, Any]) -> None:
-    file.write(json.dumps(_strict(line), allow_nan=False) + "\n")
-    file.flush()
+def _append(file: io.FileIO, line: Mapping[str, Any]) -> None:
+    rest = memoryview((json.dumps(_strict(line), allow_nan=False) + "\n").encode())
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        raise OSError(f"{file.name!s} could not be written ({error.strerror or error})") from error
 
 
 def _strict(value: Any) -> Any:

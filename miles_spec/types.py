@@ -22,6 +22,10 @@ VerifyRule = Literal["greedy", "target", "rejection"]
 Finish = Literal["stop", "length", "abort"]
 
 
+class RunError(RuntimeError):
+    """A run cannot go on, for a reason that lies outside the program; the message is a sentence for the user."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One task as the policy sees it."""
@@ -163,7 +167,8 @@ class PackedBatch:
     """`[T]` float32; the policy loss is the plain sum of `weights * token loss` over all micro-batches of all ranks,
     so these carry the aggregation rule and its global denominator."""
     old_logprobs: Tensor | None = None
-    """`[T]` float32, the trainer's own log-probabilities before the first of several minibatches; None when on-policy."""
+    """`[T]` float32, the trainer's own log-probabilities before the first of several minibatches; None when
+    on-policy."""
     ref_logprobs: Tensor | None = None
     """`[T]` float32, the reference model's log-probabilities; None without a KL term."""
 
@@ -238,7 +243,8 @@ class LossTerms:
     clip_fraction: float
     """Share of sampled tokens whose ratio was clipped."""
     rollout_kl: float
-    """Mean over sampled tokens of `r - 1 - log r` with `log r` = train minus rollout log-probability (Schulman's k3)."""
+    """Mean over sampled tokens of `r - 1 - log r` with `log r` = train minus rollout log-probability (Schulman's
+    k3)."""
     rollout_logprob_diff: float
     """Largest absolute difference between train and rollout log-probability."""
     tis_clip_fraction: float
@@ -253,7 +259,8 @@ class LossTerms:
     draft_seconds: float = 0.0
     """Time spent on the draft's forward, backward and optimizer within the step."""
     acceptance: Mapping[str, SpecEstimate] = field(default_factory=dict)
-    """Estimated acceptance on this step's rows: `cotrained` is the draft that served them, `frozen` the one of step 1."""
+    """Estimated acceptance on this step's rows: `cotrained` is the draft that served them, `frozen` the one of step
+    1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -277,8 +277,8 @@ class EmbeddedEngine:
         if most > self.max_context:
             raise ValueError(
                 f"request {request.id!r} has {len(request.tokens)} prompt tokens and asks for "
-                f"{request.sampling.max_new_tokens} more, but the context holds {self.max_context}; shorten the prompt, "
-                "lower rollout.max_new_tokens or raise rollout.max_context"
+                f"{request.sampling.max_new_tokens} more, but the context holds {self.max_context}; shorten the "
+                "prompt, lower rollout.max_new_tokens or raise rollout.max_context"
             )
         if request.sampling.stop and self.tokenizer is None:
             raise ValueError(f"request {request.id!r} has stop strings, which need a tokenizer")

@@ -56,8 +56,8 @@ class Engine(Protocol):
         ...
 
     def end_update(self) -> Mapping[Role, Mapping[str, str]]:
-        """Closes the session and returns the digest of every tensor it now serves of the session's roles, by role and name,
-        computed from the served memory itself; safe to call after an error."""
+        """Closes the session and returns the digest of every tensor it now serves of the session's roles, by role and
+        name, computed from the served memory itself; safe to call after an error."""
         ...
 
     def take_times(self) -> EngineTimes:

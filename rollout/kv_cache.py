@@ -61,7 +61,7 @@ class RaggedCache:
                 attn_mask=groups[group],
                 scale=scale,
             )
-            return out.view(batch, heads * group, count, -1)
+            return out.reshape(batch, heads * group, count, -1)
 
         return attend
 

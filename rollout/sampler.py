@@ -56,8 +56,9 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 def filtered(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
     """What rows are sampled from, and what their log-probabilities are measured against.
 
-    `logits` `[R, V]`, the others `[R]`. Returns `probs` `[R, V]`, float32 or wider, after temperature, top-k and top-p (one-hot at
-    the maximum where the temperature is 0), and `log_probs` `[R, V]` after temperature alone (1 where it is 0).
+    `logits` `[R, V]`, the others `[R]`. Returns `probs` `[R, V]`, float32 or wider, after temperature, top-k and top-p
+    (one-hot at the maximum where the temperature is 0), and `log_probs` `[R, V]` after temperature alone (1 where it is
+    0).
     """
     greedy = temperature == 0
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -98,7 +99,7 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
     chosen = blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK))[:, 0]
     inner = chosen.double().cumsum(-1)
     rest = goal - torch.where(block > 0, cdf.gather(1, (block - 1).clamp(min=0)), 0.0)
-    index = torch.searchsorted(inner, rest, right=True)
-    # the two sums of a block can differ in their last bits; then its likeliest token stands in for its end
-    index = torch.where(index == _BLOCK, chosen.argmax(-1, keepdim=True), index)
+    # the two sums of a block can differ in their last bits; it ends with its last token of any weight
+    end = torch.nextafter(inner[:, -1:], torch.zeros_like(inner[:, -1:]))
+    index = torch.searchsorted(inner, torch.minimum(rest, end), right=True)
     return (block * _BLOCK + index)[:, 0]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from miles_spec.rollout.embedded import EmbeddedEngine
 
 _STEPS = 6
-"""Decoding steps that one batch size is timed for, after as many to warm up."""
+"""Decoding steps that one batch size is timed for, after two to warm up; fewer in a context that has no room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,26 +58,33 @@ class CostModel:
         return seconds
 
     def checked(self, measured_s: float, lengths: Sequence[int], rows: int) -> CostModel:
-        """The same model with its error on a plain rollout that took `measured_s` for decoding."""
+        """The same model with its error on a plain rollout that took `measured_s` for decoding; without an error if
+        nothing was decoded, all responses being of one token."""
+        if max(lengths) < 2:
+            return self
         return replace(self, error=self.decode_seconds(lengths, rows) / measured_s - 1)
 
 
 def calibrate(engine: EmbeddedEngine, prompt: Sequence[int]) -> CostModel:
-    """Times plain decoding of `engine` after `prompt` at batch sizes 1, 2, 4, ... up to its `max_running`."""
+    """Times plain decoding of `engine` after `prompt`, cut to fit, at batch sizes 1, 2, 4, ... up to `max_running`."""
+    # a prompt of one token and the response's first, which prefill makes, are there before any step
+    most = min(_STEPS, engine.max_context - 2)
+    if most < 1:
+        return CostModel(step_s=((1, 0.0),))
     depth = engine.draft_depth
     engine.set_draft_depth(0)
     sizes = sorted({min(2**i, engine.max_running) for i in range(engine.max_running.bit_length() + 1)})
     points = []
     try:
         for size in sizes:
-            for steps in (2, _STEPS):
+            for steps in (min(2, most), most):
                 sampling = Sampling(max_new_tokens=steps + 1, ignore_eos=True)
                 prompt_tokens = tuple(prompt[: engine.max_context - steps - 1])
                 requests = [Request(id=str(i), tokens=prompt_tokens, sampling=sampling, seed=i) for i in range(size)]
                 engine.take_times()
                 engine.generate(requests)
                 times = engine.take_times()
-            points.append((size, (times.verify_s + times.other_s) / _STEPS))
+            points.append((size, (times.verify_s + times.other_s) / steps))
     finally:
         engine.set_draft_depth(depth)
     return CostModel(step_s=tuple(points))

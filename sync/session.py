@@ -23,14 +23,14 @@ from torch import Tensor
 from miles_spec.rollout.engine import Engine
 from miles_spec.sync.digest import Digester
 from miles_spec.sync.transports import Transport, buckets
-from miles_spec.types import Receipt, Role, TensorMeta, WeightUpdate
+from miles_spec.types import Receipt, Role, RunError, TensorMeta, WeightUpdate
 
 log = logging.getLogger(__name__)
 
 Named = list[tuple[str, Tensor]]
 
 
-class TargetSyncError(RuntimeError):
+class TargetSyncError(RunError):
     """An engine does not serve the target that was sent; it must not generate before a verified push."""
 
     def __init__(self, receipt: Receipt) -> None:

@@ -18,7 +18,7 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gemma")
 
 
 def tiny_config(family: str, **overrides: object):  # type: ignore[no-untyped-def]
-    """A two-layer configuration of `family`: hidden 32, 4 query and 2 key heads, vocabulary 61; tied for gemma and qwen2."""
+    """Two layers of `family`: hidden 32, 4 query and 2 key heads, vocabulary 61; tied for gemma and qwen2."""
     from transformers import AutoConfig
 
     shape = dict(

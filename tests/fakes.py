@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -87,3 +88,10 @@ def flip_bit(tensor: Tensor, bit: int) -> None:
     """Flips one bit of a contiguous tensor in place."""
     data = tensor.view(-1).view(torch.uint8)
     data[bit // 8] ^= 1 << bit % 8
+
+
+def flip_bit_of_file(path: Path, bit: int) -> None:
+    """Flips one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)

@@ -13,6 +13,7 @@ from miles_spec import __version__
 from miles_spec.cli import TRACEBACK, main
 from miles_spec.config import RunConfig
 from miles_spec.settings import load
+from miles_spec.types import RunError
 
 
 @pytest.fixture
@@ -140,7 +141,20 @@ def test_traceback_on_request(run_file: Path, monkeypatch: pytest.MonkeyPatch) -
         main(["train", str(run_file.parent / "no.toml")])
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+@pytest.mark.parametrize("error", [ValueError, OSError, FloatingPointError, RunError])
+def test_error_of_our_own_code_is_one_sentence(
+    error: type[Exception], run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scope = {"__name__": "miles_spec.loop", "error": error}
+    exec("def train(config): raise error('it did not work; do this')", scope)
+    fake = ModuleType("miles_spec.loop")
+    fake.train = scope["train"]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "miles_spec.loop", fake)
+    assert main(["train", str(run_file)]) == 2
+    assert capsys.readouterr().err == "miles-spec: error: it did not work; do this\n"
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError, RunError])
 def test_error_of_other_code_keeps_its_traceback(
     error: type[Exception], run_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

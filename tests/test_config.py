@@ -24,7 +24,7 @@ def changed(**settings: Any) -> RunConfig:
 
 def test_good_configuration_passes() -> None:
     validate(GOOD)
-    validate(changed(rollout__temperature=0.0, rollout__verify="greedy", draft__num_steps=0, rollout__max_context=1280))
+    validate(changed(rollout__temperature=0.0, rollout__verify="greedy", draft__num_steps=1, rollout__max_context=1280))
     validate(changed(rollout__verify="rejection", draft__num_steps=16, reward__extract=r"= (\d+)", train__tis_cap=0.0))
 
 
@@ -84,8 +84,12 @@ def test_good_configuration_passes() -> None:
             for rule in ("target", "rejection")
         ),
         ({"draft__family": ""}, 'draft.family is "": name a draft family'),
-        ({"draft__num_steps": -1}, "draft.num_steps is -1: give 0 (no speculation) to 16"),
-        ({"draft__num_steps": 17}, "draft.num_steps is 17: give 0 (no speculation) to 16"),
+        ({"draft__num_steps": -1}, "draft.num_steps is -1: give 1 to 16"),
+        ({"draft__num_steps": 17}, "draft.num_steps is 17: give 1 to 16"),
+        (
+            {"draft__num_steps": 0},
+            "draft.num_steps is 0: nothing would be drafted; give 1 to 16, or set draft.enabled = false",
+        ),
         ({"draft__max_batch": -1}, "draft.max_batch is -1: give 0 or more"),
         ({"draft__vocab_size": -1}, "draft.vocab_size is -1: give 0 or more"),
         ({"draft__ramp_steps": 0}, "draft.ramp_steps is 0: give 1 or more"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import math
+import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -275,3 +278,34 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_changes(
 def test_nothing_optional_is_imported_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking.importlib, "import_module", lambda name: pytest.fail(f"imports {name}"))
     track(tmp_path, range(1, 2))
+
+
+def test_a_full_disk_is_named_and_leaves_the_lines_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    track(tmp_path, range(1, 3))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with (
+        pytest.raises(OSError, match=r"^/dev/full could not be written \(No space left on device\)$"),
+        Tracker(tmp_path, TrackingConfig(), "", 2) as tracker,
+    ):
+        monkeypatch.setattr(tracker, "_metrics_file", open("/dev/full", "ab", buffering=0))  # noqa: SIM115
+        tracker.write(StepReport(step=3, metrics={"reward": 1.0}))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = f"the run's directory {tmp_path} cannot be written (No space left on device)"
+    with pytest.raises(OSError, match=re.escape(message)):
+        Tracker(tmp_path, TrackingConfig(), "", 2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_line_written_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Tracker(tmp_path, TrackingConfig(), "", 0) as tracker:
+        file = tracker._metrics_file
+        monkeypatch.setattr(
+            tracker, "_metrics_file", SimpleNamespace(name="x", write=lambda data: file.write(data[:5]))
+        )
+        tracker.write(StepReport(step=1, metrics={"reward": 1.0}))
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "reward": 1.0}]

@@ -82,24 +82,28 @@ class DraftTrainer:
         self.frozen = copy.deepcopy(self.draft).requires_grad_(False)
         self.frozen_version = self.version
 
-    def begin(self, embed_weight: Tensor, head_weight: Tensor, *, train: bool, warm: bool) -> DraftStep:
+    def begin(
+        self, embed_weight: Tensor, head_weight: Tensor, *, train: bool, warm: bool = False, lr_scale: float = 1.0
+    ) -> DraftStep:
         """One step on the policy whose embedding and LM head `[V, H]` are given; they must not change before it ends.
 
         Without `train` it only estimates acceptance. A `warm` step is on KL to the policy's distribution whatever
         `draft.loss` says, since TV has no gradient while the two barely overlap.
         """
         self.optimizer.zero()
+        config = self.config.draft
+        lr = lr_scale * ((config.warmup_lr or config.lr) if warm else config.lr)
         # cast once for all micro-batches
-        return DraftStep(
-            self, embed_weight.detach().to(self.dtype), head_weight.detach().to(self.dtype), train=train, warm=warm
-        )
+        weights = embed_weight.detach().to(self.dtype), head_weight.detach().to(self.dtype)
+        return DraftStep(self, *weights, train=train, warm=warm, lr=lr)
 
 
 class DraftStep:
     """One step: `add` each micro-batch, then `finish`."""
 
-    def __init__(self, owner: DraftTrainer, embed: Tensor, head: Tensor, *, train: bool, warm: bool) -> None:
-        self._owner, self._embed, self._head, self._train, self._warm = owner, embed, head, train, warm
+    def __init__(self, owner: DraftTrainer, embed: Tensor, head: Tensor, *, train: bool, warm: bool, lr: float) -> None:
+        self._owner, self._embed, self._head = owner, embed, head
+        self._train, self._warm, self._lr = train, warm, lr
         self._watch = Stopwatch(owner.device)
         depth = owner.config.draft.num_steps
         self._kind: Loss = "kl" if warm else owner.config.draft.loss
@@ -132,12 +136,11 @@ class DraftStep:
     def finish(self) -> DraftTerms:
         """The optimizer step, unless no row counted. A gradient that is not finite leaves the draft as it is and shows
         as a norm of NaN: a draft's fault costs speed, never the run."""
-        owner, config = self._owner, self._owner.config.draft
+        owner = self._owner
         if not self._train or not self._rows[0]:
             return DraftTerms(seconds=self._watch.seconds, acceptance=self._acceptance)
         with self._watch.running():
-            lr = config.warmup_lr or config.lr if self._warm else config.lr
-            norm = owner.optimizer.step(lr, divisor=self._rows[0])
+            norm = owner.optimizer.step(self._lr, divisor=self._rows[0])
         if isfinite(norm):
             owner.warm_steps += self._warm
         sums = self._by_depth.tolist()

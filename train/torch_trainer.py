@@ -87,9 +87,8 @@ class TorchTrainer:
         train = self.config.train
         draft = None
         if self.draft is not None:
-            draft = self.draft.begin(
-                embed_weight(self.model), head_weight(self.model), train=self.config.draft.train, warm=False
-            )
+            weights = embed_weight(self.model), head_weight(self.model)
+            draft = self.draft.begin(*weights, train=self.config.draft.train)
         self.optimizer.zero()
         tally = _Tally(self.device)
         for batch in batches:
@@ -138,8 +137,9 @@ class TorchTrainer:
         return result
 
     def warm_draft(self, batches: Sequence[PackedBatch], steps: int) -> Iterator[LossTerms]:
-        """See `Trainer`. The policy's forward runs once per micro-batch, however many steps there are; the loss is KL
-        whatever `draft.loss` is, and of the terms only the draft's and the entropy are filled in.
+        """See `Trainer`. The policy's forward runs once per micro-batch, however many steps there are; the learning
+        rate falls linearly to 0, the loss is KL whatever `draft.loss` is, and of the terms only the draft's and the
+        entropy are filled in.
 
         Raises `ValueError` without a draft, or without a sampled token to learn from.
         """
@@ -157,7 +157,8 @@ class TorchTrainer:
             raise ValueError("the draft cannot warm up: none of the responses has a token")
         for step in range(steps):
             batch, out, teacher = seen[step % len(seen)]
-            draft = self.draft.begin(embed_weight(self.model), head_weight(self.model), train=True, warm=True)
+            weights = embed_weight(self.model), head_weight(self.model)
+            draft = self.draft.begin(*weights, train=True, warm=True, lr_scale=1 - step / steps)
             tally = _Tally(self.device)
             tally.add(out)
             draft.add(batch, teacher)

@@ -7,10 +7,9 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model, tiny_tokenizer
-from oracles.statistics import fits
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from conftest import tiny_config, tiny_model, tiny_tokenizer
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE
 from miles_spec.kernels.attention import NAME, PackedAttention
@@ -21,6 +20,7 @@ from miles_spec.rollout.engine import Engine
 from miles_spec.rollout.verify import reject
 from miles_spec.sync.digest import digest
 from miles_spec.types import Completion, Request, Sampling, SpecCounts
+from oracles.statistics import fits
 
 
 def make(family: str = "llama", *, vocab_ids: torch.Tensor | None = None, **settings: object) -> EmbeddedEngine:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.statistics import fits
 
 from miles_spec.rollout.sampler import Stream, draw, filtered, uniform
+from oracles.statistics import fits
 
 
 def rows(*values: float) -> torch.Tensor:
@@ -19,7 +19,7 @@ def test_uniform_numbers_are_uniform_and_streams_independent() -> None:
     seeds = torch.arange(20_000)
     token = uniform(seeds, torch.full_like(seeds, 5), Stream.TOKEN)
     accept = uniform(seeds, torch.full_like(seeds, 5), Stream.ACCEPT)
-    assert 0 <= token.min() and token.max() < 1
+    assert token.min() >= 0 and token.max() < 1
     cells = list(zip((token * 8).long().tolist(), (accept * 8).long().tolist(), strict=True))
     assert fits(cells, {(a, b): 1 / 64 for a in range(8) for b in range(8)})
 

@@ -11,11 +11,11 @@ from itertools import product
 
 import pytest
 import torch
-from oracles.statistics import fits
 from torch import Tensor
 
 from miles_spec.rollout.sampler import Stream, draw, uniform
 from miles_spec.rollout.verify import match_choice, reject
+from oracles.statistics import fits
 
 V, K, N = 4, 2, 60_000
 

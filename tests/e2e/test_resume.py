@@ -1,0 +1,279 @@
+"""Runs that stop, break and go on: what is saved, what is said, and that going on changes nothing, bit for bit."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from e2e.conftest import Configure, Said, lines
+from fakes import flip_bit
+from miles_spec import checkpoint, cli, rundir
+from miles_spec.checkpoint import load_latest, steps
+from miles_spec.config import RunConfig
+from miles_spec.loop import train
+from miles_spec.rollout.embedded import EmbeddedEngine
+from miles_spec.types import Role
+
+TIMES = ("time_s", "seconds_", "tokens_per_s", "net_speedup", "draft_share", "rollout_seconds_")
+HARD: dict[str, Any] = dict(
+    train__dynamic_sampling=True, train__minibatches=2, train__kl_coef=0.1, draft__vocab_size=64, draft__warmup_steps=2,
+    reward__kind="e2e_rewards:even",
+)  # fmt: skip
+
+
+def untimed(out: Path) -> list[dict[str, Any]]:
+    """A run's lines without what depends on the clock."""
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in lines(out)]
+
+
+def state(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The newest checkpoint, without its time."""
+    found = load_latest(out)
+    assert found is not None
+    return found.tensors, {k: v for k, v in {**found.values, "step": found.step}.items() if k != "time_s"}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Every tensor and value of the last checkpoint, every sample and every metric but the times."""
+    (tensors, values), (others, other_values) = state(a), state(b)
+    assert values == other_values and tensors.keys() == others.keys()
+    assert [n for n, t in tensors.items() if not torch.equal(t, others[n])] == []
+    assert untimed(a) == untimed(b)
+    assert lines(a, "samples.jsonl") == lines(b, "samples.jsonl")
+
+
+@pytest.mark.parametrize("overrides", [{}, HARD], ids=["defaults", "everything"])
+def test_resume_is_bit_for_bit(
+    configure: Configure, rewards: ModuleType, tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    whole, parts = (configure(tmp_path / name, **overrides) for name in ("whole", "parts"))
+    train(whole)
+    train(replace(parts, steps=1))
+    train(replace(parts, steps=3))
+    elapsed = lines(tmp_path / "parts")[-1]["time_s"]
+    train(parts)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert lines(tmp_path / "parts")[-1]["time_s"] > elapsed
+
+
+def test_the_test_of_resuming_can_fail(configure: Configure, rewards: ModuleType, tmp_path: Path) -> None:
+    train(configure(tmp_path / "a", steps=2))
+    train(configure(tmp_path / "b", steps=2, train__lr=0.00100001))
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+DRAFTS: dict[str, dict[str, Any]] = {
+    "none": dict(draft__enabled=False),
+    "one": dict(draft__num_steps=1),
+    "untrained": dict(draft__num_steps=5, draft__train=False, draft__vocab_size=50),
+    "small batches": dict(draft__max_batch=2, draft__warmup_steps=2),
+}
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_the_policy_does_not_depend_on_the_draft(
+    configure: Configure, rewards: ModuleType, tmp_path: Path, draft: str
+) -> None:
+    """The same tokens and rewards, and so the same weights bit for bit.
+
+    The engine's log-probabilities differ in their last bits, since blocks and single tokens are matrix products of
+    other shapes; so without the importance correction, which alone lets them into the loss.
+    """
+    for name, overrides in {"reference": {}, "other": DRAFTS[draft]}.items():
+        train(configure(tmp_path / name, train__tis_cap=0.0, **overrides))
+    kept = ("step", "prompt_id", "index", "tokens", "reward", "finish")
+    reference, other = (
+        [{k: s[k] for k in kept} for s in lines(tmp_path / name, "samples.jsonl")] for name in ("reference", "other")
+    )
+    assert reference == other and len(reference) == 64
+    (expected, _), (got, _) = state(tmp_path / "reference"), state(tmp_path / "other")
+    policy = [n for n in expected if n.startswith("policy")]
+    assert policy and [n for n in policy if not torch.equal(expected[n], got[n])] == []
+
+
+def test_ctrl_c_ends_the_step_and_saves(
+    configure: Configure, finished: RunConfig, rewards: ModuleType, tmp_path: Path
+) -> None:
+    rewards.fault = lambda call: signal.raise_signal(signal.SIGINT) if call == 20 else None
+    config = configure(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    train(config)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert steps(tmp_path) == [2] and [row["step"] for row in lines(tmp_path)] == [1, 2]
+    assert rundir.read(tmp_path).notes == ("This run ended after step 2 of 4.",)
+    train(config)
+    assert_same_run(tmp_path, Path(finished.out))
+
+
+def test_ctrl_c_before_the_first_step(configure: Configure, rewards: ModuleType, tmp_path: Path) -> None:
+    from miles_spec import loop
+
+    assemble = loop.assemble
+
+    def interrupt(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return assemble(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "assemble", interrupt)
+        train(configure(tmp_path))
+    assert steps(tmp_path) == [] and not (tmp_path / "summary.json").exists()
+
+
+def test_a_second_ctrl_c_within_the_optimizer_saves_no_half_step(
+    configure: Configure, finished: RunConfig, rewards: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, updates = torch.optim.AdamW.step, iter(range(1, 99))
+
+    def step(self: torch.optim.AdamW) -> None:
+        real(self)
+        if next(updates) == 5:  # policy and draft in turn: the policy's in step 3
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    config = configure(tmp_path, checkpoint__every=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    # the policy has moved on and its version has not: what is in memory is of no step
+    assert steps(tmp_path) == [] and [row["step"] for row in lines(tmp_path)] == [1, 2]
+    train(config)
+    assert_same_run(tmp_path, Path(finished.out))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda: 1 / 0, r"reward e2e_rewards:letters raised ZeroDivisionError: division by zero on prompt tasks-\d+"),
+        (
+            lambda: float("nan"),
+            r"reward e2e_rewards:letters returned nan for prompt tasks-\d+; a reward must be finite",
+        ),
+    ],
+    ids=["raises", "nan"],
+)
+def test_a_reward_that_fails_loses_nothing(
+    run_file: Callable[..., str],
+    finished: RunConfig,
+    rewards: ModuleType,
+    tmp_path: Path,
+    fault: Callable[[], float],
+    message: str,
+    said: Callable[[], Said],
+) -> None:
+    rewards.fault = lambda call: fault() if call == 2 * 16 + 5 else None
+    path = run_file()
+    assert cli.main(["train", path]) == 2
+    assert said().matches(message)
+    assert steps(tmp_path / "out") == [2]
+    rewards.fault = None
+    assert cli.main(["train", path]) == 0
+    assert_same_run(tmp_path / "out", Path(finished.out))
+
+
+def test_a_gradient_that_is_not_finite(
+    run_file: Callable[..., str], rewards: ModuleType, tmp_path: Path, said: Callable[[], Said]
+) -> None:
+    # squared deviations of these overflow, so advantages are not finite
+    rewards.fault = lambda call: (-1) ** call * 1e200 if call > 16 else None
+    assert cli.main(["train", run_file(train__advantage="dr_grpo")]) == 2
+    assert said().matches("the policy's gradient norm is (nan|inf) at version 1; its weights are unchanged.*")
+    assert steps(tmp_path / "out") == [1]
+
+
+def test_a_full_disk_at_save_time(
+    run_file: Callable[..., str],
+    finished: RunConfig,
+    tmp_path: Path,
+    said: Callable[[], Said],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, path = tmp_path / "out", run_file(checkpoint__every=2)
+    written: list[str] = []
+
+    def full(file: Path, mode: str) -> Any:
+        written.append(file.name)
+        return open("/dev/full" if len(written) > 2 else file, "r+b" if len(written) > 2 else mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "open", full, raising=False)
+        assert cli.main(["train", path]) == 2
+    strerror = os.strerror(errno.ENOSPC)
+    assert said() == (
+        f"the checkpoint of step 4 could not be written to {out / 'checkpoints'} ({strerror}); the one of step 2 is "
+        "kept"
+    )
+    assert written == ["state.safetensors", "state.json", "state.safetensors"]  # and no second attempt
+    assert steps(out) == [2] and [row["step"] for row in lines(out)] == [1, 2, 3, 4]
+    assert cli.main(["train", path]) == 0
+    assert_same_run(out, Path(finished.out))
+
+
+def corrupted(role: Role, name: str, versions: Iterable[int]) -> Callable[..., None]:
+    """`EmbeddedEngine.load_weights` that flips a bit of one tensor in pushes of these versions."""
+    real = EmbeddedEngine.load_weights
+
+    def load(self: EmbeddedEngine, of: Role, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        real(self, of, tensors)
+        assert self._updating is not None
+        if of == role and self._updating[0] in versions:
+            flip_bit(self._served()[role][name], 12345)
+
+    return load
+
+
+def test_a_flipped_bit_in_the_target_ends_the_run(
+    run_file: Callable[..., str],
+    finished: RunConfig,
+    tmp_path: Path,
+    said: Callable[[], Said],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, name = run_file(), "model.layers.1.mlp.down_proj.weight"
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddedEngine, "load_weights", corrupted("target", name, [2]))
+        assert cli.main(["train", path]) == 2
+    message = "engine 'embedded' does not serve the target of version 2 that was sent: " + name + ": serves .*, sent .*"
+    assert said().matches(message)
+    # the trainer's step was whole: it is saved, with its line
+    assert steps(tmp_path / "out") == [2]
+    assert [(r["receipts_verified"], r["receipts_failed"]) for r in lines(tmp_path / "out")] == [(2, 0), (0, 1)]
+    assert cli.main(["train", path]) == 0
+    assert state(tmp_path / "out")[1] == state(Path(finished.out))[1]
+    for name, tensor in state(Path(finished.out))[0].items():
+        assert torch.equal(state(tmp_path / "out")[0][name], tensor), name
+
+
+def test_a_flipped_bit_in_the_draft_costs_only_speculation(
+    configure: Configure,
+    finished: RunConfig,
+    rewards: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(EmbeddedEngine, "load_weights", corrupted("draft", "fc.weight", [1]))
+        train(configure(tmp_path))
+    rows = lines(tmp_path)
+    assert [(r["receipts_verified"], r["receipts_failed"]) for r in rows] == [(1, 1), (2, 0), (2, 0), (2, 0)]
+    assert [row["verify_steps"] > 0 for row in rows] == [True, False, True, True]
+    assert rows[1]["accept_length"] is None and rows[1]["accept_estimate_error"] is None
+    assert "goes on without speculation" in caplog.text and "drafts again" in caplog.text
+    assert (rundir.read(tmp_path).summary or {})["receipts_failed"] == 1
+    # the same responses, if not always by the same way
+    tokens = [[s["tokens"] for s in lines(out, "samples.jsonl")] for out in (tmp_path, Path(finished.out))]
+    assert tokens[0] == tokens[1]

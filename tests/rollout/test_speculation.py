@@ -1,0 +1,103 @@
+"""The cost model against a simulation that takes one step at a time, and its calibration on a tiny engine."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import tiny_model
+from miles_spec.rollout import speculation
+from miles_spec.rollout.embedded import EmbeddedEngine
+from miles_spec.rollout.speculation import CostModel, calibrate
+from miles_spec.types import EngineTimes, Request
+
+
+def simulated(cost: CostModel, lengths: list[int], rows: int) -> float:
+    """Step by step: rows that are free take the next response, then every row decodes one token."""
+    waiting, running, seconds = deque(lengths), [], 0.0
+    while waiting or running:
+        while waiting and len(running) < rows:
+            left = waiting.popleft() - 1  # its first token comes from prefill
+            if left > 0:
+                running.append(left)
+        if running:
+            seconds += cost.step_seconds(len(running))
+        running = [left - 1 for left in running if left > 1]
+    return seconds
+
+
+sizes = st.lists(st.integers(1, 40), min_size=1, max_size=4, unique=True).map(sorted)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.integers(1, 8), sizes, st.randoms())
+def test_decode_seconds(lengths: list[int], rows: int, batches: list[int], random: object) -> None:
+    cost = CostModel(step_s=tuple((b, random.uniform(0.1, 2.0)) for b in batches))  # type: ignore[attr-defined]
+    expected = simulated(cost, lengths, rows)
+    assert cost.decode_seconds(lengths, rows) == pytest.approx(expected, rel=1e-9)
+
+
+def test_step_seconds_between_and_beyond() -> None:
+    cost = CostModel(step_s=((2, 1.0), (4, 2.0), (8, 3.0)))
+    assert [cost.step_seconds(b) for b in (1, 2, 3, 4, 6, 8, 16)] == [1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 6.0]
+
+
+def test_checked() -> None:
+    cost = CostModel(step_s=((1, 0.5),))
+    assert math.isnan(cost.error)
+    assert cost.checked(2.0, [4, 2], 1).error == pytest.approx((3 + 1) * 0.5 / 2.0 - 1)
+    # nothing was decoded, so nothing can be said
+    assert math.isnan(cost.checked(2.0, [1, 1], 1).error)
+
+
+def engine(**overrides: int) -> EmbeddedEngine:
+    settings = {"max_running": 6, "max_context": 32, **overrides}
+    return EmbeddedEngine(tiny_model(), None, eos_ids=tuple(range(61)), **settings)  # type: ignore[arg-type]
+
+
+def test_calibrate(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine()
+    asked: list[tuple[int, int]] = []
+    generate = made.generate
+
+    def record(requests: list[Request]) -> object:
+        asked.append((len(requests), requests[0].sampling.max_new_tokens))
+        return generate(requests)
+
+    monkeypatch.setattr(made, "generate", record)
+    times = iter([EngineTimes(verify_s=s, other_s=0.6) for s in range(100)])
+    monkeypatch.setattr(made, "take_times", lambda: next(times))
+    cost = calibrate(made, (5,) * 50)
+    # each batch size once to warm up; a prompt too long for the context is cut; end-of-sequence tokens do not end it
+    assert asked == [(size, steps + 1) for size in (1, 2, 4, 6) for steps in (2, 6)]
+    # only the last of a size's four readings counts, over six steps
+    assert cost.step_s == tuple((size, pytest.approx((3 + 4 * i + 0.6) / 6)) for i, size in enumerate((1, 2, 4, 6)))
+    assert math.isnan(cost.error)
+
+
+@pytest.mark.parametrize("context", [3, 4, 7])
+def test_calibrate_in_a_context_with_no_room(context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine(max_context=context, max_running=1)
+    monkeypatch.setattr(made, "take_times", lambda: EngineTimes(verify_s=6.0))
+    cost = calibrate(made, (5, 6))
+    assert cost.step_s == ((1, 6.0 / min(speculation._STEPS, context - 2)),)
+
+
+def test_calibrate_where_nothing_is_ever_decoded() -> None:
+    assert calibrate(engine(max_context=2), (5,)).decode_seconds([1, 1], 2) == 0
+
+
+def test_calibrate_leaves_the_engine_as_it_was() -> None:
+    made = engine()
+    calibrate(made, (5, 6))
+    assert made.draft_depth == 0 and made.take_times().tokens == 0
+
+
+def test_calibrated_on_a_real_engine() -> None:
+    cost = calibrate(engine(), (5, 6, 7))
+    assert [size for size, _ in cost.step_s] == [1, 2, 4, 6]
+    assert all(0 < seconds < 1 for _, seconds in cost.step_s)
