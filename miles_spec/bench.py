@@ -24,10 +24,18 @@ from miles_spec.tracking import write_summary
 from miles_spec.types import Request
 
 BATCHES = (1, 2, 4, 8)
+TURNS = 3
 REQUESTS = 16
 
 
-def rollout(config: RunConfig, result: Path | None, *, batches: Sequence[int] = BATCHES, turns: int = 3) -> list[Row]:
+def rollout(
+    config: RunConfig,
+    result: Path | None,
+    *,
+    batches: Sequence[int] = BATCHES,
+    turns: int = TURNS,
+    requests: int = REQUESTS,
+) -> list[Row]:
     """Prints the comparison for the run that `config` describes, and writes it into the run's directory.
 
     With `result` it is also written there, as a benchmark's result. Raises `ValueError` if the run has no checkpoint
@@ -43,7 +51,7 @@ def rollout(config: RunConfig, result: Path | None, *, batches: Sequence[int] = 
         run = assemble(config, live)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("timing rollouts", total=None)
-        rows = measure(run, batches, turns, lambda done, total: bar.update(task, completed=done, total=total))
+        rows = measure(run, batches, turns, requests, lambda done, total: bar.update(task, completed=done, total=total))
     console.print(table(rows))
     (out / "bench.json").write_text(json.dumps(as_json(rows), indent=1) + "\n")
     summary_path = out / "summary.json"
@@ -56,17 +64,17 @@ def rollout(config: RunConfig, result: Path | None, *, batches: Sequence[int] = 
     return rows
 
 
-def measure(run: Run, batches: Sequence[int], turns: int, progress: Any = None) -> list[Row]:
+def measure(run: Run, batches: Sequence[int], turns: int, requests: int, progress: Any = None) -> list[Row]:
     """The rows for prompts that come next in the run's data."""
     draft = run.trainer.draft
     assert draft is not None and draft.frozen is not None
-    prompts = run.source.take(REQUESTS)
-    requests = [
+    prompts = run.source.take(requests)
+    asked = [
         Request(id=str(i), tokens=p.tokens, sampling=sampling(run.config), seed=seed_of(run.config.seed, "bench", i))
         for i, p in enumerate(prompts)
     ]
     drafts = {"frozen": draft.frozen, "cotrained": draft.draft}
-    return compare(run.engine, drafts, requests, batches=batches, turns=turns, progress=progress)
+    return compare(run.engine, drafts, asked, batches=batches, turns=turns, progress=progress)
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -17,11 +17,13 @@ from miles_spec.settings import load
 
 RUN_FILE = Path(__file__).resolve().parents[1] / "examples" / "quickstart.toml"
 BATCHES = (1, 2, 4)
-TURNS = 3
+REQUESTS = 8
 
 
 def main() -> None:
     """Trains by `examples/quickstart.toml`, times its drafts, writes the report, and prints what came of it."""
+    if not RUN_FILE.exists():
+        raise ValueError(f"the quickstart runs in a checkout of the project: there is no {RUN_FILE}")
     config = load(RUN_FILE)
     out = Path(config.out)
     console = Console()
@@ -29,7 +31,7 @@ def main() -> None:
         console.print(f"{out} holds a finished or interrupted run; going on with it (remove it to start anew)")
     console.print("Reinforcement learning of SmolLM2-135M-Instruct on small sums, its draft trained as it goes\n")
     loop.train(config)
-    rows = bench.rollout(config, None, batches=BATCHES, turns=TURNS)
+    rows = bench.rollout(config, None, batches=BATCHES, requests=REQUESTS)
     page = report.write(out)
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     console.print()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import median
 from typing import TYPE_CHECKING
 
 from miles_spec.types import Request, Sampling
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from miles_spec.rollout.embedded import EmbeddedEngine
 
 _STEPS = 6
-"""Decoding steps that one batch size is timed for, after two to warm up; fewer in a context that has no room."""
+"""Decoding steps that one batch size is timed for at a time; fewer in a context that has no room."""
+_TURNS = 3
+"""Times that each batch size is timed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,17 +77,19 @@ def calibrate(engine: EmbeddedEngine, prompt: Sequence[int]) -> CostModel:
     depth = engine.draft_depth
     engine.set_draft_depth(0)
     sizes = sorted({min(2**i, engine.max_running) for i in range(engine.max_running.bit_length() + 1)})
-    points = []
+    turns: dict[int, list[float]] = {size: [] for size in sizes}
     try:
-        for size in sizes:
-            for steps in (min(2, most), most):
-                sampling = Sampling(max_new_tokens=steps + 1, ignore_eos=True)
-                prompt_tokens = tuple(prompt[: engine.max_context - steps - 1])
+        # sizes in turn, and the median over turns: a burst of other work on the machine spoils no size for good
+        for turn in range(_TURNS + 1):
+            for size in sizes:
+                sampling = Sampling(max_new_tokens=most + 1, ignore_eos=True)
+                prompt_tokens = tuple(prompt[: engine.max_context - most - 1])
                 requests = [Request(id=str(i), tokens=prompt_tokens, sampling=sampling, seed=i) for i in range(size)]
                 engine.take_times()
                 engine.generate(requests)
                 times = engine.take_times()
-            points.append((size, (times.verify_s + times.other_s) / steps))
+                if turn:  # the first makes buffers and warms caches
+                    turns[size].append((times.verify_s + times.other_s) / most)
     finally:
         engine.set_draft_depth(depth)
-    return CostModel(step_s=tuple(points))
+    return CostModel(step_s=tuple((size, median(seconds)) for size, seconds in turns.items()))

@@ -72,10 +72,10 @@ def test_calibrate(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([EngineTimes(verify_s=s, other_s=0.6) for s in range(100)])
     monkeypatch.setattr(made, "take_times", lambda: next(times))
     cost = calibrate(made, (5,) * 50)
-    # each batch size once to warm up; a prompt too long for the context is cut; end-of-sequence tokens do not end it
-    assert asked == [(size, steps + 1) for size in (1, 2, 4, 6) for steps in (2, 6)]
-    # only the last of a size's four readings counts, over six steps
-    assert cost.step_s == tuple((size, pytest.approx((3 + 4 * i + 0.6) / 6)) for i, size in enumerate((1, 2, 4, 6)))
+    # one turn to warm up; a prompt too long for the context is cut; end-of-sequence tokens do not end it
+    assert asked == [(size, 7) for _ in range(4) for size in (1, 2, 4, 6)]
+    # two readings a call, of which the second counts: that of the third of four turns is the median, over six steps
+    assert cost.step_s == tuple((size, pytest.approx((17 + 2 * i + 0.6) / 6)) for i, size in enumerate((1, 2, 4, 6)))
     assert math.isnan(cost.error)
 
 
