@@ -27,7 +27,7 @@ from miles_spec.models import cast, check_supported, embed_weight, head_weight, 
 from miles_spec.rollout.kv_cache import RaggedCache
 from miles_spec.rollout.sampler import Stream, draw, filtered, uniform
 from miles_spec.rollout.sequence import Sequence as Running
-from miles_spec.rollout.verify import match_choice, reject
+from miles_spec.rollout.verify import match_choice, match_greedy, reject
 from miles_spec.sync.digest import digests
 from miles_spec.types import Completion, EngineTimes, Request, Role, TensorMeta, VerifyRule
 
@@ -369,17 +369,21 @@ class EmbeddedEngine:
         batch, count = positions.shape
         logits = (hidden @ self._head.T).view(batch * count, -1)
         self._lap(phase)
-        settings = (s[rows].repeat_interleave(count) for s in (self._temperature, self._top_k, self._top_p))
-        probs, log_probs = filtered(logits, *settings)
-        probs = probs.view(batch, count, -1)
         seeds = self._seeds[rows]
         if drafted is None:
             drafted = positions[:, :0]
-        if proposal is None:
-            tokens, accepted = match_choice(probs, drafted, seeds, positions)
+        if all(s.request.sampling.temperature == 0 for s in self._running[rows]):
+            # all on one token each, whatever the rule: nothing to draw
+            tokens, log_probs, accepted = match_greedy(logits.view(batch, count, -1), drafted)
         else:
-            tokens, accepted = reject(probs, drafted, proposal, seeds, positions)
-        log_probs = log_probs.gather(1, tokens.view(-1, 1)).view(batch, count)
+            settings = (s[rows].repeat_interleave(count) for s in (self._temperature, self._top_k, self._top_p))
+            probs, all_log_probs = filtered(logits, *settings)
+            probs = probs.view(batch, count, -1)
+            if proposal is None:
+                tokens, accepted = match_choice(probs, drafted, seeds, positions)
+            else:
+                tokens, accepted = reject(probs, drafted, proposal, seeds, positions)
+            log_probs = all_log_probs.gather(1, tokens.view(-1, 1)).view(batch, count)
         # what lies beyond the accepted ones is never read before it is written again
         self._ids[rows].scatter_(1, positions, tokens)
         host = zip(self._running[rows], tokens.tolist(), log_probs.tolist(), accepted.tolist(), strict=True)
