@@ -27,6 +27,16 @@ def match_choice(probs: Tensor, drafted: Tensor, seeds: Tensor, positions: Tenso
     return tokens, _leading(tokens[:, :-1] == drafted)
 
 
+def match_greedy(logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`match_choice` where every row is greedy, without its distributions: `logits` `[B, k + 1, V]`.
+
+    Returns `tokens`, their log-probabilities at temperature 1, `[B, k + 1]` in float32 or wider, and `accepted`.
+    """
+    top, tokens = logits.max(-1)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return tokens, top.to(exact.dtype) - exact.logsumexp(-1), _leading(tokens[:, :-1] == drafted)
+
+
 def reject(probs: Tensor, drafted: Tensor, proposal: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Rule `rejection`: a proposal x drawn from q stands with probability min(1, p(x) / q(x)); the first that falls is
     replaced by a draw from the residual max(p - q, 0) (Leviathan et al., 2023, arXiv 2211.17192, algorithm 1).
