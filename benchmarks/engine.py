@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--model", default=models.SMOLLM2)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=7)
     arguments = parser.parse_args()
     loaded = models.load(ModelConfig(path=arguments.model))
     tokenizer = loaded.tokenizer
