@@ -107,7 +107,8 @@ class EmbeddedEngine:
             self._check(request)
         if self._updating is not None:
             raise RuntimeError(f"{self.name}: a weight update is open")
-        self._reserve(min(self.max_running, len(requests)))
+        limit = min(self.max_running, len(requests))
+        self._reserve(limit)
         self._aborted = set()
         waiting = deque(Running(r, i, self.eos_ids, self.tokenizer) for i, r in enumerate(requests))
         done: list[Completion | None] = [None] * len(requests)
@@ -121,8 +122,8 @@ class EmbeddedEngine:
                     self._tokens += len(completion.tokens)
                     if on_done is not None:
                         on_done(completion)
-                if waiting and len(self._running) < self._rows:
-                    room = self._rows - len(self._running)
+                if waiting and len(self._running) < limit:
+                    room = limit - len(self._running)
                     self._admit([waiting.popleft() for _ in range(min(room, len(waiting)))])
                 elif self._running:
                     self._step()

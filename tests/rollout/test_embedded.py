@@ -295,6 +295,17 @@ def test_times_cover_the_call_and_start_again() -> None:
     assert engine.take_times().total_s == 0
 
 
+def test_fewer_may_run_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = make(max_running=7)
+    expected = subject.generate(requests())
+    subject.max_running = 2
+    together: list[int] = []
+    step = subject._step
+    monkeypatch.setattr(subject, "_step", lambda: (together.append(len(subject._running)), step()))
+    assert [c.tokens for c in subject.generate(requests())] == [c.tokens for c in expected]
+    assert max(together) == 2
+
+
 def test_a_depth_raised_later_finds_room() -> None:
     engine = make(depth=0)
     expected = engine.generate(requests())
