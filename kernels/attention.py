@@ -101,7 +101,7 @@ class PackedAttention:
                 return self._varlen(query.to(dtype), key.to(dtype), value, scale)
             _note_slow_path(dtype)
             return self._segments(query, key, value, scale)
-        # flash attention's backward in half precision is four times slower on a CPU than in float32
+        # flash attention's backward in half precision is several times slower on a CPU than in float32
         wide = torch.promote_types(dtype, torch.float32)
         with torch.autocast("cpu", enabled=False):
             return self._segments(query.to(wide), key.to(wide), value.to(wide), scale).to(dtype)

@@ -29,14 +29,16 @@ def main() -> None:
     console = Console()
     if checkpoint.steps(out):
         console.print(f"{out} holds a finished or interrupted run; going on with it (remove it to start anew)")
-    console.print("Reinforcement learning of SmolLM2-135M-Instruct on small sums, its draft trained as it goes\n")
+    console.print(
+        "Reinforcement learning of SmolLM2-135M-Instruct on small sums, its draft trained as it goes\n", soft_wrap=True
+    )
     loop.train(config)
     rows = bench.rollout(config, None, batches=BATCHES, requests=REQUESTS)
     page = report.write(out)
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     console.print()
     for text in conclusions(summary, rows):
-        console.print(text, highlight=False)
+        console.print(text, highlight=False, soft_wrap=True)
     console.print(f"report: {page}", soft_wrap=True)
 
 
