@@ -69,9 +69,8 @@ class DraftHead(nn.Module):
         The decoder layer is a copy of the target's last one with its two output projections scaled by 0.01, and `fc`
         mixes 0.7 of the embedding, brought to unit RMS, with 0.3 of the hidden state (plus normal noise of 0.002). So
         it starts as a smooth function of the newest token and the target's state, with the target's features at hand.
-        Unscaled, the copied layer's outputs are sized for the residual stream before the final norm. An
-        identity on the hidden state in front of the unscaled layer starts SmolLM2's draft so far off that a short run
-        never catches up.
+        Unscaled, the copied layer's outputs are sized for the residual stream before the final norm,
+        and with an identity on the hidden state they start the draft far from the target.
         """
         head = cls(spec, target_model.config, vocab_ids)
         weights = target_model.base_model.layers[-1].state_dict()

@@ -136,9 +136,9 @@ class DraftConfig:
     """Draft-only steps on the policy's own rollouts before step 1."""
     warmup_prompts: int = 32
     """Prompts answered once without speculation before step 1: what the warm start learns from, what a reduced
-    vocabulary counts, and what checks the engine's cost model."""
+    vocabulary counts, and what checks the engine's cost model. Training goes on with the prompts after them."""
     warmup_lr: float = 0.0
-    """Learning rate of those; 0 takes `lr`."""
+    """Learning rate of those, from which it falls linearly to 0; 0 takes `lr`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
