@@ -1,8 +1,8 @@
-"""What acceptance is worth: the verify steps that a draft would have needed, and the weights of end-to-end TV.
+"""What acceptance is worth: the verify steps that a draft would have needed.
 
 Invariant: an estimate reads only responses that exist; given them, every quantity here is an exact expectation.
 
-Dimensions: `T` packed tokens, `D` depths, `N` rows.
+Dimensions: `T` packed tokens, `D` depths.
 """
 
 from __future__ import annotations
@@ -48,18 +48,3 @@ def estimate(accept: Tensor, mask: Tensor, layout: PackedLayout) -> SpecEstimate
                         visits[i + 1 + a] += visit * (more - less)
             running = counts
     return SpecEstimate(accepted=accepted, verify_steps=verify_steps)
-
-
-def tv_weights(accept_prob: Tensor) -> Tensor:
-    """`[D, N]` row weights of end-to-end TV: the derivative of the expected accepted tokens in each acceptance.
-
-    `accept_prob` `[D, N]` float, expected acceptance `a_d` of each row at each depth, 0 where the row does not count.
-    With `L = sum_d prod_{j <= d} a_j`, `dL/da_i = prod_{j < i} a_j * (1 + sum_{d > i} prod_{i < j <= d} a_j)`: what
-    reaches depth `i`, times one plus what follows from it. Nothing is divided, so a zero acceptance is exact. Detached.
-    """
-    a = accept_prob.detach()
-    reach = torch.cat([torch.ones_like(a[:1]), a[:-1].cumprod(0)])
-    follows = torch.ones_like(a)
-    for d in range(a.shape[0] - 2, -1, -1):
-        follows[d] = 1 + a[d + 1] * follows[d + 1]
-    return reach * follows

@@ -2,7 +2,7 @@
 
 Invariant: the result is a sum over rows, so packs and ranks add up; whoever calls divides by the global number of rows.
 
-Dimensions: `T` packed tokens, `D` depths, `H` hidden, `V` vocabulary, `N` rows that count, all depths together.
+Dimensions: `T` packed tokens, `D` depths, `H` hidden, `V` vocabulary, `n` rows that count, all depths together.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from miles_spec.draft.acceptance import estimate, tv_weights
+from miles_spec.draft.acceptance import estimate
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.unroll import unroll
-from miles_spec.kernels.draft_loss import draft_loss
+from miles_spec.kernels.draft_loss import Mix, draft_loss
 from miles_spec.kernels.layout import PackedLayout
-from miles_spec.kernels.shift import draft_targets
+from miles_spec.kernels.shift import draft_targets, extend
 from miles_spec.types import SpecEstimate, VerifyRule
 
 Loss = Literal["ce", "kl", "tv", "ramp"]
@@ -58,43 +58,46 @@ def objective(
     """Loss of `head` on a pack that the target has just been run over.
 
     `hidden` `[T, H]` after the final norm, `embed_weight` and `lm_head_weight` `[V, H]`: the target's, detached.
-    `tokens` `[T]` int64, `loss_mask` `[T]` bool. `lse` `[T]` float32: log-sum-exp of the tempered logits of row `i`,
-    which predict token `i + 1`. `logprobs` `[T]` float32: the target's log-probability of `tokens[i]`.
+    `tokens` `[T]` int64, `loss_mask` `[T]` bool. `lse` and `logprobs` `[T]` float32 by row: log-sum-exp of the row's
+    tempered logits, and the target's log-probability of the token that follows. Copies to the host a few times.
 
-    Row losses are, with weight `1 / D` at every depth: `ce`; `kl`; `tv`, weighted by the row's `tv_weights`, so that
-    its gradient is that of the expected accepted tokens (end-to-end TV); `ramp`, which is `(1 - ramp) kl + ramp tv`.
+    Row losses are, with weight `1 / D` at every depth: `ce`; `kl`; `tv`, weighted by the row's `end_to_end_weights`,
+    so that its gradient is that of the expected accepted tokens (end-to-end TV); `ramp`, which is `(1 - ramp) kl + ramp
+    tv`.
     """
     targets = draft_targets(tokens, loss_mask, layout, depth)
     unrolled = unroll(head, embed_weight, hidden, targets, layout)
-    rows = torch.cat([r for r, _ in unrolled])
-    counts = tuple(len(r) for r, _ in unrolled)
-    depths = torch.cat([torch.full_like(r, d) for d, (r, _) in enumerate(unrolled)])
-    labels, teacher = targets.labels[depths, rows], targets.teacher[depths, rows]
+    # blocks side by side, so that their depths share the teacher's logits
+    rows, depths = targets.mask.T.nonzero().unbind(1)
+    teacher = targets.teacher[depths, rows]
+    reach = extend(hidden, layout)
+    read = torch.zeros(len(reach), dtype=torch.bool, device=hidden.device).index_fill_(0, teacher, True)
+    share = 0.0 if loss in ("ce", "kl") else 1.0 if loss == "tv" else ramp
+    mix = Mix(ce=1) if loss == "ce" else Mix(kl=1 - share, tv=share)
     result = draft_loss(
-        torch.cat([states for _, states in unrolled]),
-        head.head_rows(lm_head_weight),
-        head.to_draft[labels],
-        hidden[teacher],
-        lse[teacher],
-        logprobs[teacher + 1],
+        unrolled.flat,
+        head.head_rows(lm_head_weight.detach()),
+        reach[read],
+        head.to_draft[targets.labels[depths, rows]],
+        mix=mix,
         rule=rule,
         temperature=temperature,
+        rows=unrolled.index(depths, rows),
+        teacher_rows=(read.cumsum(0) - 1)[teacher],
+        teacher_lse=extend(lse.detach(), layout)[teacher],
+        label_logprob=extend(logprobs.detach(), layout)[teacher],
+        chain=depths if share else None,
+        depth=depth,
     )
 
     def by_row(values: Tensor) -> Tensor:
-        """`[D, T]` from `[N]`, 0 where no row counts."""
+        """`[D, T]` from `[n]`, 0 where no row counts."""
         return values.new_zeros(targets.mask.shape).index_put_((depths, rows), values)
 
-    if loss == "ce":
-        row_loss = weighted = result.ce
-    else:
-        share = {"kl": 0.0, "tv": 1.0, "ramp": ramp}[loss]
-        weights = tv_weights(by_row(1 - result.tv.detach()))[depths, rows]
-        row_loss = (1 - share) * result.kl + share * result.tv
-        weighted = (1 - share) * result.kl + share * weights * result.tv
+    row_loss = result.ce if loss == "ce" else mix.kl * result.kl + mix.tv * result.tv
     return DraftObjective(
-        loss_sum=weighted.sum() / depth,
-        rows=counts,
-        loss_by_depth=torch.stack([part.sum() for part in row_loss.detach().split(counts)]),
+        loss_sum=result.total / depth,
+        rows=tuple(targets.mask.sum(1).tolist()),
+        loss_by_depth=by_row(row_loss).sum(1),
         estimate=estimate(by_row(result.accept), targets.mask, layout),
     )

@@ -2,43 +2,97 @@
 
 Invariant: the target's hidden states and embedding come in detached, so no gradient can leave the draft.
 
-Dimensions: `T` packed tokens, `D` depths, `Nd` rows that count at depth `d`, `H` hidden, `V` vocabulary.
+Dimensions: `T` rows of a pack on this rank, `D` depths, `R` rows that depths from 2 on run, `H` hidden, `V` vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from miles_spec.draft.modules import DraftHead
-from miles_spec.kernels.attention import Attend, ChainAttention
+from miles_spec.kernels.attention import Attend, PackedAttention, to_device
+from miles_spec.kernels.backend import Backend
+from miles_spec.kernels.chain_attention import ChainAttention
 from miles_spec.kernels.layout import PackedLayout
 from miles_spec.kernels.shift import DraftTargets
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Unrolled:
+    """A draft's states over a pack, at every depth."""
+
+    states: list[Tensor]
+    """`D` tensors: `[T, H]` at depth 1, `[R, H]` at deeper ones."""
+    rows: Tensor
+    """`[R]` int64, ascending, the rows that deeper depths run; holds every row of `DraftTargets.mask[1]`. Empty if `D`
+    is 1."""
+    place: Tensor
+    """`[T]` int64, where each row is in `rows`; 0 for those that are not."""
+
+    @property
+    def flat(self) -> Tensor:
+        """`[T + (D - 1) * R, H]`, the states of all depths, made at each call."""
+        return torch.cat(self.states)
+
+    def index(self, depth: Tensor, row: Tensor) -> Tensor:
+        """Where in `flat` the state of `row` is at `depth`, 0 to `D - 1`; int64 tensors of one shape, as is the result.
+
+        A row outside `rows` has no deeper state; its index there is that of another row's.
+        """
+        size, deeper = len(self.place), len(self.rows)
+        return torch.where(depth == 0, row, size + (depth - 1) * deeper + self.place[row])
+
+
 def unroll(
-    head: DraftHead, embed_weight: Tensor, hidden: Tensor, targets: DraftTargets, layout: PackedLayout
-) -> list[tuple[Tensor, Tensor]]:
-    """`D` pairs of `rows` `[Nd]` int64, ascending, and the draft's `states` `[Nd, H]` there.
+    head: DraftHead,
+    embed_weight: Tensor,
+    hidden: Tensor,
+    targets: DraftTargets,
+    layout: PackedLayout,
+    backend: Backend = "auto",
+) -> Unrolled:
+    """The draft's states at the depths of `targets`; if there are several, copies one number per piece to the host.
 
     `embed_weight` `[V, H]` and `hidden` `[T, H]` (after the target's final norm) must not require a gradient. Depth 1
-    runs every row, since prompts serve as keys; a segment's last row has no next token and runs on whatever token
-    follows in the pack, which nothing attends to. Deeper rows run only where they count.
+    runs every row, since prompts serve as keys; a row without a next token in its segment runs on whatever token its
+    target names, and only rows that do not count attend to it. Deeper depths run, of each piece, the rows from the
+    first that counts to the end: one set for all of them. What rows that do not count return is finite and means
+    nothing.
     """
     assert not hidden.requires_grad and not embed_weight.requires_grad
-    chain = ChainAttention(layout)
+    depths, size = targets.mask.shape
 
     def run(depth: int, rows: Tensor | slice, states: Tensor, attend: Attend) -> Tensor:
         embed = F.embedding(targets.inputs[depth, rows], embed_weight)
         return head(embed[None], states[None], targets.positions[depth, rows][None], attend)[0]
 
-    rows = targets.mask[0].nonzero().squeeze(-1)
-    states = run(0, slice(None), hidden, chain) if len(hidden) else hidden
-    out = [(rows, states[rows])]
-    for depth in range(1, targets.mask.shape[0]):
-        before, states = out[-1]
-        rows = targets.mask[depth].nonzero().squeeze(-1)
-        states = states[torch.searchsorted(before, rows)]
-        out.append((rows, run(depth, rows, states, chain.at(rows)) if len(rows) else states))
-    return out
+    everywhere = slice(None)
+    rows = place = torch.empty(0, dtype=torch.int64, device=hidden.device)
+    if not size:
+        states = [hidden] * depths
+    elif depths == 1:
+        states, place = [run(0, everywhere, hidden, PackedAttention(layout, backend))], rows.new_zeros(size)
+    else:
+        chain = ChainAttention(layout, _starts(targets.mask[0], layout), backend)
+        rows = chain.rows
+        place = rows.new_zeros(size).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
+        states = [run(0, everywhere, hidden, chain)]
+        for depth in range(1, depths):
+            before = states[0].index_select(0, rows) if depth == 1 else states[-1]
+            states.append(run(depth, rows, before, chain.deeper))
+    return Unrolled(states=states, rows=rows, place=place)
+
+
+def _starts(mask: Tensor, layout: PackedLayout) -> list[int]:
+    """The first row of each piece where `mask` `[T]` is True, `T` if there is none; the one copy to the host."""
+    size = len(mask)
+    first = to_device(np.array([piece.row for piece in layout.pieces]), mask.device)
+    row = torch.arange(size, device=mask.device)
+    piece = torch.searchsorted(first, row, right=True) - 1
+    starts = torch.full_like(first, size)
+    return starts.scatter_reduce_(0, piece, torch.where(mask, row, size), "amin").tolist()

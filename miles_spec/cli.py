@@ -69,6 +69,12 @@ def _bench_rollout(arguments: argparse.Namespace, settings: Sequence[str]) -> No
     rollout(config, arguments.json)
 
 
+def _bench_kernels(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    from miles_spec.bench_kernels import kernels
+
+    kernels(arguments.json, arguments.only)
+
+
 def _quickstart(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
     from miles_spec.quickstart import main
 
@@ -95,6 +101,15 @@ def _parser() -> argparse.ArgumentParser:
         "`--json PATH` writes the result there too.",
     )
     rollout.add_argument("--json", type=Path, metavar="PATH", help="write the result there too")
+    kernels = _add(
+        measured,
+        "kernels",
+        _bench_kernels,
+        "Checks our kernels and times them against public ones and against the least that the same work costs, in "
+        "minutes on a GPU. Without one small inputs show that they are right.",
+    )
+    kernels.add_argument("--json", type=Path, metavar="PATH", help="write the result there too")
+    kernels.add_argument("--only", metavar="KERNEL", help="draft_loss, shift, logprob or attention; all if left out")
     report = _add(commands, "report", _report, "Writes a run's report, one static HTML page, and prints its path.")
     report.add_argument("directory", type=Path, metavar="RUN_DIR")
     _add(commands, "quickstart", _quickstart, "Trains, measures and reports a small model in a few minutes.")

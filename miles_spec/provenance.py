@@ -14,7 +14,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "triton", "sglang", "megatron-core", "reasoning-gym")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "sglang",
+    "megatron-core",
+    "reasoning-gym",
+    "liger-kernel",
+    "flash-linear-attention",
+    "cut-cross-entropy",
+)
 
 
 def commit() -> str | None:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import torch
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    # read when a kernel is defined, so before any module of ours is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
-import torch
+
+from distributed import Ranks
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma")
 
@@ -57,6 +64,14 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32):  # ty
     model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation=attention.NAME, dtype=dtype)
     model.load_state_dict(_weights(family), strict=False)
     return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Four processes over gloo."""
+    workers = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield workers
+    workers.stop()
 
 
 @pytest.fixture(params=FAMILIES)

@@ -45,6 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     replace("loop", "train", Path("runs/x"))
     replace("report", "write", Path("runs/x/report.html"))
     replace("bench", "rollout", None)
+    replace("bench_kernels", "kernels", None)
     replace("quickstart", "main", None)
     return made
 
@@ -74,6 +75,20 @@ def test_bench_rollout(where: str, run_file: Path, calls: list[object]) -> None:
     assert calls == [("bench", "rollout", load(run_file, ["--steps", "3"]), out)]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], (None, None)),
+        (["--json", "k.json"], (Path("k.json"), None)),
+        (["--only", "shift", "--json", "k.json"], (Path("k.json"), "shift")),
+    ],
+    ids=["plain", "json", "only"],
+)
+def test_bench_kernels(arguments: list[str], expected: tuple[object, ...], calls: list[object]) -> None:
+    assert main(["bench", "kernels", *arguments]) == 0
+    assert calls == [("bench_kernels", "kernels", *expected)]
+
+
 def test_report(calls: list[object], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "runs/x"]) == 0
     assert calls == [("report", "write", Path("runs/x"))]
@@ -100,7 +115,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "run.toml", "--steps", "3"], "--draft.num-steps"),
         (["config"], "--rollout.temperature"),
         (["bench"], "rollout"),
+        (["bench"], "kernels"),
         (["bench", "rollout"], "--json PATH"),
+        (["bench", "kernels"], "--only KERNEL"),
         (["report"], "RUN_DIR"),
         (["quickstart"], "a few minutes"),
     ],

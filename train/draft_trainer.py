@@ -33,7 +33,7 @@ class Teacher:
     lse: Tensor
     """`[T]` float32 by row: log-sum-exp of the row's tempered logits where it predicts a sampled token, else 0."""
     logprobs: Tensor
-    """`[T]` float32 by token: the policy's log-probability where it was sampled, else 0."""
+    """`[T]` float32 by row: the policy's log-probability of the token that follows, where it was sampled, else 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

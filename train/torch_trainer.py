@@ -29,9 +29,6 @@ from miles_spec.train.losses import PolicyLoss, policy_loss
 from miles_spec.train.optimizer import AdamW
 from miles_spec.types import LossTerms, PackedBatch, Role
 
-CHUNK_ROWS = 256
-"""Rows whose logits exist at one time: `[256, V]`."""
-
 
 class TorchTrainer:
     """Implements `Trainer`. Without a draft it trains the policy alone; with `draft.train = false` it only estimates
@@ -257,7 +254,6 @@ class TorchTrainer:
             head_weight(model).to(self.dtype),
             batch.tokens[tokens],
             temperature=self.temperature,
-            chunk_rows=CHUNK_ROWS,
         )
 
     def _terms(self, tally: _Tally, grad_norm: float, draft: DraftStep | None) -> LossTerms:
@@ -314,7 +310,7 @@ def _teacher(hidden: Tensor, out: LogProbs, tokens: Tensor) -> Teacher:
     return Teacher(
         hidden=hidden.detach(),
         lse=_scatter(out.lse, tokens - 1, len(hidden)),
-        logprobs=_scatter(out.logprob.detach(), tokens, len(hidden)),
+        logprobs=_scatter(out.logprob.detach(), tokens - 1, len(hidden)),
     )
 
 

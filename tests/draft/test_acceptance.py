@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miles_spec.draft.acceptance import estimate, tv_weights
+from miles_spec.draft.acceptance import estimate
 from miles_spec.kernels.layout import PackedLayout
 from miles_spec.kernels.shift import draft_targets
 from oracles.walk import walk
@@ -58,14 +58,3 @@ def test_a_known_response() -> None:
     hopeless = estimate(torch.zeros(2, 8), mask, layout)
     assert (hopeless.accepted, hopeless.verify_steps) == (0.0, 5.0)
     assert perfect.accept_length == 3 and hopeless.accept_length == 1
-
-
-def test_tv_weights_are_the_derivative_of_the_expected_accepted_tokens() -> None:
-    a = torch.rand(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    a[1, 3] = a[0, 5] = a[3, 6] = 0
-    a[2:, 7] = 0
-    a.requires_grad_()
-    (want,) = torch.autograd.grad(a.cumprod(0).sum(), a)
-    got = tv_weights(a)
-    assert not got.requires_grad
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

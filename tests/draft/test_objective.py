@@ -61,7 +61,7 @@ def _pack(family: str = "llama", temperature: float = 1.0, sequences: int = 12) 
         tokens=tokens,
         loss_mask=layout.positions >= PROMPT,
         lse=scored.lse,
-        logprobs=scored.logprob.roll(1),
+        logprobs=scored.logprob,
     )
     return Pack(model, args, temperature)
 
@@ -100,15 +100,18 @@ def test_losses_and_gradients_from_the_contract(rule: str, reduced: bool) -> Non
     weight = a["lm_head_weight"][ids].double()
     sums = {name: [torch.zeros((), dtype=torch.float64) for _ in range(DEPTH)] for name in ("ce", "kl", "tv")}
     acceptances: dict[int, list[Tensor]] = {}
-    for d, (rows, states) in enumerate(unrolled, start=1):
-        for t, state in zip(rows.tolist(), states, strict=True):
-            label = (ids == a["tokens"][t + d + 1]).nonzero().flatten().tolist()
-            row = [torch.tensor(label or [-1])]
-            row += [a["hidden"][t + d][None].double(), a["lse"][t + d][None], a["logprobs"][t + d + 1][None]]
-            ce, kl, tv, _ = losses.draft_loss(state[None].double(), weight, *row, rule, 0.8)
-            for name, value in zip(("ce", "kl", "tv"), (ce, kl, tv), strict=True):
-                sums[name][d - 1] = sums[name][d - 1] + value.sum()
-            acceptances.setdefault(t, []).append(1 - tv[0])
+    counts = [0] * DEPTH
+    for d, t in targets.mask.nonzero().tolist():
+        state = unrolled.flat[unrolled.index(torch.tensor(d), torch.tensor(t))].double()
+        u = t + d + 1
+        label = (ids == a["tokens"][u + 1]).nonzero().flatten().tolist()
+        logits, teacher = (weight @ x / 0.8 for x in (state, a["hidden"][u].double()))
+        scores = {"lse": a["lse"][u].double(), "label_logprob": a["logprobs"][u].double()}
+        row = losses.draft_row(logits, teacher, label[0] if label else -1, rule, **scores)
+        for name in sums:
+            sums[name][d] = sums[name][d] + getattr(row, name)
+        acceptances.setdefault(t, []).append(1 - row.tv)
+        counts[d] += 1
     end_to_end = -_end_to_end(list(acceptances.values()))
     parameters = list(head.parameters())
     for loss, ramp in (("ce", 0.0), ("kl", 0.0), ("tv", 0.0), ("ramp", 0.25)):
@@ -117,7 +120,7 @@ def test_losses_and_gradients_from_the_contract(rule: str, reduced: bool) -> Non
         kind = "ce" if loss == "ce" else "kl"
         by_depth = torch.stack([(1 - share) * s + share * tv for s, tv in zip(sums[kind], sums["tv"], strict=True)])
         torch.testing.assert_close(got.loss_by_depth.double(), by_depth.detach(), rtol=1e-5, atol=1e-5)
-        assert got.rows == tuple(len(r) for r, _ in unrolled)
+        assert got.rows == tuple(counts)
         want = ((1 - share) * torch.stack(sums[kind]).sum() + share * end_to_end) / DEPTH
         grads = torch.autograd.grad(got.loss_sum, parameters)
         exact = torch.autograd.grad(want, parameters, retain_graph=True)
@@ -134,11 +137,10 @@ def test_estimate_by_hand_for_the_target_rule() -> None:
         got = _objective(pack, head, rule="target")
         targets = draft_targets(a["tokens"], a["loss_mask"], a["layout"], DEPTH)
         right: dict[tuple[int, int], bool] = {}
-        for d, (rows, states) in enumerate(unroll(head, a["embed_weight"], a["hidden"], targets, a["layout"]), 1):
-            guesses = (states @ a["lm_head_weight"].T).argmax(-1)
-            right.update(
-                {(d, t): bool(g == a["tokens"][t + d + 1]) for t, g in zip(rows.tolist(), guesses, strict=True)}
-            )
+        unrolled = unroll(head, a["embed_weight"], a["hidden"], targets, a["layout"])
+        for d, t in targets.mask.nonzero().tolist():
+            state = unrolled.flat[unrolled.index(torch.tensor(d), torch.tensor(t))]
+            right[d + 1, t] = bool((a["lm_head_weight"] @ state).argmax() == a["tokens"][t + d + 2])
     accepted = steps = 0
     size = PROMPT + RESPONSE
     for start in range(0, len(a["tokens"]), size):

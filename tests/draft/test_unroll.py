@@ -2,35 +2,52 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import tiny_model
+from distributed import Ranks
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE
-from miles_spec.draft.unroll import unroll
-from miles_spec.kernels.layout import PackedLayout
-from miles_spec.kernels.shift import draft_targets
+from miles_spec.draft.unroll import Unrolled, unroll
+from miles_spec.kernels.layout import PackedLayout, Sharding
+from miles_spec.kernels.shift import DraftTargets, draft_targets
+from oracles.numbers import relative_error
 from oracles.serving import draft_states
 
 
-def _pack(lengths: list[int], prompt: int = 2) -> tuple[PackedLayout, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _head(family: str = "llama") -> tuple[DraftHead, Tensor]:
+    """In float64, with the embedding."""
+    model = tiny_model(family).double()
+    head = DraftHead.attach(model, EAGLE, generator=torch.Generator().manual_seed(0))
+    return head, model.get_input_embeddings().weight.detach()
+
+
+def _pack(lengths: list[int], prompt: int = 2) -> tuple[PackedLayout, Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(4)
     layout = PackedLayout.make(lengths)
     tokens = torch.randint(0, 61, (layout.tokens,), generator=g)
-    return layout, tokens, layout.positions >= prompt, torch.randn(layout.tokens, 32, generator=g)
+    return layout, tokens, layout.positions >= prompt, torch.randn(layout.tokens, 32, generator=g).double()
+
+
+def _counting(unrolled: Unrolled, targets: DraftTargets) -> list[tuple[Tensor, Tensor]]:
+    """The rows that count at each depth and their states."""
+    rows = [mask.nonzero().squeeze(-1) for mask in targets.mask]
+    return [(r, unrolled.flat[unrolled.index(torch.full_like(r, d), r)]) for d, r in enumerate(rows)]
 
 
 def test_every_depth_computes_what_serving_computes(family: str) -> None:
-    model = tiny_model(family).double()
-    head = DraftHead.attach(model, EAGLE, generator=torch.Generator().manual_seed(0))
-    embed = model.get_input_embeddings().weight.detach()
+    head, embed = _head(family)
     layout, tokens, loss_mask, hidden = _pack([7, 0, 3, 9, 1])
-    hidden = hidden.double()
     targets = draft_targets(tokens, loss_mask, layout, 4)
     compared = 0
     with torch.no_grad():
         got = unroll(head, embed, hidden, targets, layout)
-        for d, (rows, states) in enumerate(got):
-            assert rows.tolist() == targets.mask[d].nonzero().flatten().tolist()
+        # one row of each piece at least; the prompts' rows but the last do not run deeper
+        assert got.rows.tolist() == [1, 2, 3, 4, 5, 6, 9, 11, 12, 13, 14, 15, 16, 17, 18, 19]
+        assert [s.shape for s in got.states] == [(20, 32), *[(16, 32)] * 3]
+        for d, (rows, states) in enumerate(_counting(got, targets)):
             for row, state in zip(rows.tolist(), states, strict=True):
                 segment = int(layout.segments[row])
                 part = slice(layout.offsets[segment], layout.offsets[segment + 1])
@@ -41,39 +58,129 @@ def test_every_depth_computes_what_serving_computes(family: str) -> None:
     assert compared == sum(int(m.sum()) for m in targets.mask) > 20
 
 
+def test_rows_that_do_not_count_change_nothing() -> None:
+    """What the other rows read at deeper depths, states included, leaves those that count bit for bit."""
+    head, embed = _head()
+    layout, tokens, loss_mask, hidden = _pack([7, 5, 9])
+    loss_mask[15:17] = False  # two turns
+    targets = draft_targets(tokens, loss_mask, layout, 3)
+    inputs = targets.inputs.clone()
+    inputs[1:][~targets.mask[1:]] = 60
+    spoiled = DraftTargets(
+        inputs=inputs,
+        labels=targets.labels,
+        positions=targets.positions,
+        teacher=targets.teacher,
+        mask=targets.mask,
+        keys=targets.keys,
+    )
+    clean, other = (unroll(head, embed, hidden, t, layout) for t in (targets, spoiled))
+    for (_, a), (_, b) in zip(_counting(clean, targets), _counting(other, targets), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(clean.flat, other.flat)
+
+
 def test_packed_equals_alone() -> None:
-    model = tiny_model().double()
-    head = DraftHead.attach(model, EAGLE, generator=torch.Generator().manual_seed(0))
-    embed = model.get_input_embeddings().weight.detach()
+    head, embed = _head()
     layout, tokens, loss_mask, hidden = _pack([6, 8])
-    hidden = hidden.double()
-    both = unroll(head, embed, hidden, draft_targets(tokens, loss_mask, layout, 3), layout)
+    targets = draft_targets(tokens, loss_mask, layout, 3)
+    both = _counting(unroll(head, embed, hidden, targets, layout), targets)
     for start, end in ((0, 6), (6, 14)):
         alone = PackedLayout.make([end - start])
         part = draft_targets(tokens[start:end], loss_mask[start:end], alone, 3)
-        for (rows, states), (own, want) in zip(both, unroll(head, embed, hidden[start:end], part, alone), strict=True):
+        single = _counting(unroll(head, embed, hidden[start:end], part, alone), part)
+        for (rows, states), (own, want) in zip(both, single, strict=True):
             inside = (rows >= start) & (rows < end)
             assert (rows[inside] - start).tolist() == own.tolist()
             torch.testing.assert_close(states[inside], want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("lengths", [[], [0], [1, 2], [3, 1]])
-def test_packs_too_short_for_the_depth(lengths: list[int]) -> None:
-    model = tiny_model()
-    head = DraftHead.attach(model, EAGLE)
+def _run(layout: PackedLayout) -> tuple[list[Tensor], Tensor]:
+    """States of the rows that count, by depth in the order of the whole pack and 0 elsewhere, and the gradient of a
+    weighted sum of them."""
+    head, embed = _head()
+    _, tokens, loss_mask, hidden = _pack(list(layout.lengths))
+    weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5)).double()
+    targets = draft_targets(layout.shard(tokens), layout.shard(loss_mask), layout, 3)
+    got = _counting(unroll(head, embed, layout.shard(hidden), targets, layout), targets)
+    states = [s.new_zeros(layout.tokens, 32).index_put((rows,), s) for rows, s in got]
+    sum((s * layout.shard(weight)).sum() for s in states).backward()
+    return [layout.unshard(s) for s in states], torch.cat([p.grad.flatten() for p in head.parameters()])
+
+
+def _run_sharded(group: dist.ProcessGroup, lengths: list[int], sharding: Sharding) -> tuple[list[Tensor], Tensor]:
+    states, grad = _run(PackedLayout.make(lengths, halo=4, cp_group=group, sharding=sharding))
+    dist.all_reduce(grad, group=group)
+    return states, grad
+
+
+@pytest.mark.parametrize(("size", "sharding"), [(2, "zigzag"), (4, "zigzag"), (4, "contiguous")])
+def test_context_parallel_equals_one_rank(ranks: Ranks, size: int, sharding: Sharding) -> None:
+    lengths = [21, 0, 4, 1, 13]
+    want, grad = _run(PackedLayout.make(lengths))
+    assert all(s.any() for s in want)
+    for states, summed in ranks.run(_run_sharded, size, lengths, sharding):
+        # rotary tables are float32, the same for all
+        assert all(relative_error(a, b) < 1e-12 for a, b in zip(states, want, strict=True))
+        assert relative_error(summed, grad) < 1e-12
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [1, 2], [3, 1], [2]])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_packs_too_short_for_the_depth(lengths: list[int], depth: int) -> None:
+    head, embed = _head()
     layout, tokens, loss_mask, hidden = _pack(lengths, prompt=1)
+    targets = draft_targets(tokens, loss_mask, layout, depth)
+    got = unroll(head, embed, hidden, targets, layout)
+    assert len(got.states) == depth and got.flat.isfinite().all()
+    assert all(s.shape == (layout.tokens if d == 0 else len(got.rows), 32) for d, s in enumerate(got.states))
+    assert [len(r) for r, _ in _counting(got, targets)] == targets.mask.sum(1).tolist()
+
+
+def test_index_of_any_row_and_depth() -> None:
+    head, embed = _head()
+    layout, tokens, loss_mask, hidden = _pack([6, 5])
     targets = draft_targets(tokens, loss_mask, layout, 3)
-    got = unroll(head, model.get_input_embeddings().weight.detach(), hidden, targets, layout)
-    assert [(len(r), s.shape) for r, s in got] == [(n, (n, 32)) for n in targets.mask.sum(1).tolist()]
+    got = unroll(head, embed, hidden, targets, layout)
+    depth = torch.tensor([[0, 1], [2, 1]])
+    row = torch.tensor([[9, 5], [7, 1]])
+    want = [got.states[0][9], got.states[1][4], got.states[2][5], got.states[1][0]]
+    assert got.rows.tolist() == [1, 2, 3, 4, 5, 7, 8, 9, 10]
+    assert torch.equal(got.flat[got.index(depth, row)].flatten(0, 1), torch.stack(want))
+
+
+class _Copies(TorchDispatchMode):
+    """Counts what makes the host wait: reads of a number, and operations whose result's size is data."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func._schema.name
+        self.count += name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+        if name in ("aten::index.Tensor", "aten::index_put_"):
+            self.count += any(i is not None and i.dtype == torch.bool for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_the_host_reads_only_where_pieces_start(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, embed = _head()
+    layout, tokens, loss_mask, hidden = _pack([6, 0, 5])
+    targets = draft_targets(tokens, loss_mask, layout, depth)
+    reads = []
+    monkeypatch.setattr(Tensor, "tolist", lambda x: reads.append(x.shape) or [1, 7])
+    with _Copies() as copies:
+        got = unroll(head, embed, hidden, targets, layout)
+        got.index(torch.zeros(3, dtype=torch.int64), torch.arange(3))
+    assert copies.count == 0
+    assert reads == [(2,)] * (depth > 1)
 
 
 def test_attached_states_are_refused() -> None:
-    model = tiny_model()
-    head = DraftHead.attach(model, EAGLE)
+    head, embed = _head()
     layout, tokens, loss_mask, hidden = _pack([5])
     targets = draft_targets(tokens, loss_mask, layout, 1)
     with pytest.raises(AssertionError):
-        unroll(head, model.get_input_embeddings().weight, hidden, targets, layout)
+        unroll(head, embed.clone().requires_grad_(), hidden, targets, layout)
     with pytest.raises(AssertionError):
-        embed = model.get_input_embeddings().weight.detach()
         unroll(head, embed, hidden.requires_grad_(), targets, layout)

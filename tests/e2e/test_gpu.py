@@ -14,8 +14,6 @@ from e2e.conftest import Configure, lines
 from miles_spec.config import DraftConfig, RunConfig, TrainConfig
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE
-from miles_spec.kernels.draft_loss import draft_loss
-from miles_spec.kernels.logprob import logprob
 from miles_spec.loop import train
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.train.packing import pack
@@ -91,31 +89,6 @@ def test_trainer_takes_the_step_of_the_cpu(dtype: torch.dtype, bound: float) -> 
     assert len(expected) == len(got)
     for a, b in zip(got, expected, strict=True):
         assert float((a - b).norm()) <= bound * float(b.norm()) + 1e-7
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)])
-def test_losses_against_float64_of_the_same_logits(dtype: torch.dtype, bound: float) -> None:
-    """With logits rounded as the product in `dtype` rounds them; float32 without TF32."""
-    torch.manual_seed(0)
-    states, teacher = (torch.randn(300, 64, device="cuda").to(dtype) for _ in range(2))
-    head = (torch.randn(1000, 64, device="cuda") * 0.3).to(dtype)
-    labels = torch.randint(0, 1000, (300,), device="cuda")
-    z, t = ((x @ head.T).double() for x in (states, teacher))
-    if dtype == torch.float32:
-        z, t = (x.double() @ head.double().T for x in (states, teacher))
-    got = logprob(teacher, head, labels)
-    expected = t.log_softmax(-1)
-    chosen = expected.gather(-1, labels[:, None])[:, 0]
-    assert _error(got.logprob, chosen) < bound
-    assert _error(got.entropy, -(expected.exp() * expected).sum(-1)) < bound
-    losses = draft_loss(states, head, labels, teacher, got.lse, got.logprob, rule="rejection", temperature=1.0)
-    p, q = expected.exp(), z.softmax(-1)
-    assert _error(losses.kl, (p * (expected - z.log_softmax(-1))).sum(-1)) < bound
-    assert _error(losses.tv, 1 - torch.minimum(p, q).sum(-1)) < bound
-
-
-def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got.double() - expected).norm() / expected.norm())
 
 
 def test_a_whole_run(tmp_path: Path, configure: Configure, rewards: ModuleType) -> None:

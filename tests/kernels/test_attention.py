@@ -4,36 +4,31 @@ import logging
 
 import pytest
 import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+import sharded_attention
 from conftest import tiny_model
+from distributed import Ranks
 from miles_spec.kernels import attention
-from miles_spec.kernels.attention import ChainAttention, PackedAttention
-from miles_spec.kernels.layout import PackedLayout
-from oracles import attention as oracle
+from miles_spec.kernels.attention import PackedAttention
+from miles_spec.kernels.layout import PackedLayout, Sharding
+from oracles.attention import dense
 from oracles.numbers import relative_error
+from sharded_attention import SHARDINGS
 
 HEADS, KEY_HEADS, SIZE, SCALE = 4, 2, 8, 0.3
 
 
 def _qkv(n: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
     g = torch.Generator().manual_seed(seed)
-    shapes = ((HEADS, n, SIZE), (KEY_HEADS, n, SIZE), (KEY_HEADS, n, SIZE))
-    return [torch.randn(1, *s, generator=g).to(device, dtype).requires_grad_() for s in shapes]
+    made = [torch.randn(n, heads, SIZE, generator=g) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    return [x.transpose(0, 1)[None].to(device, dtype).requires_grad_() for x in made]
 
 
-def _starts(layout: PackedLayout) -> list[int]:
-    return (torch.arange(layout.tokens) - layout.positions).tolist()
-
-
-def _dense(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-    """Attention with a full boolean mask, in the dtype at hand; `[Hq, q, D]`."""
-    key, value = (x[0].repeat_interleave(HEADS // KEY_HEADS, 0) for x in (key, value))
-    scores = (query[0] @ key.mT * SCALE).masked_fill(~visible, float("-inf"))
-    return torch.softmax(scores, -1) @ value
-
-
-def _packed_mask(layout: PackedLayout) -> Tensor:
+def _visible(layout: PackedLayout) -> Tensor:
     row = torch.arange(layout.tokens)
     return (layout.segments == layout.segments[:, None]) & (row <= row[:, None])
 
@@ -44,7 +39,7 @@ def test_packed_attention_stays_in_its_segment(lengths: list[int]) -> None:
     qkv = _qkv(layout.tokens, 1)
     got = PackedAttention(layout)(0, *qkv, SCALE)
     double = [x.detach().double().requires_grad_() for x in qkv]
-    want = _dense(*double, _packed_mask(layout))[None]
+    want = dense(*double, _visible(layout), SCALE)
     assert got.shape == want.shape and relative_error(got, want) < 1e-6
     if layout.tokens:
         weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(2))
@@ -53,85 +48,80 @@ def test_packed_attention_stays_in_its_segment(lengths: list[int]) -> None:
         assert all(relative_error(a.grad, b.grad) < 1e-6 for a, b in zip(qkv, double, strict=True))
 
 
-def _chain_rows(layout: PackedLayout, depth: int) -> list[Tensor]:
-    """All rows, then shrinking subsets that leave one segment out at depth 3."""
-    rows = [torch.arange(layout.tokens)]
-    for d in range(1, depth):
-        keep = layout.positions[rows[-1]] >= d
-        if d == 2:
-            keep &= layout.segments[rows[-1]] != 0
-        rows.append(rows[-1][keep])
-    return rows
+def test_the_values_say_which_precision_comes_out() -> None:
+    layout = PackedLayout.make([4, 3])
+    query, key, value = _qkv(7, 5)
+    query = 20 * query  # rounding a score shows
+    half = value.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = PackedAttention(layout)(0, query, key, half, SCALE)
+    want = dense(query, key, half.float(), _visible(layout), SCALE)
+    # on a CPU computed in float32: one rounding, that of the result
+    assert got.dtype == torch.bfloat16 and relative_error(got, want.bfloat16()) < 1e-4
 
 
-@pytest.mark.parametrize("lengths", [[6], [4, 0, 2, 7, 1]])
-def test_chain_attention_matches_pure_loops(lengths: list[int]) -> None:
-    layout = PackedLayout.make(lengths)
-    rows = [r for r in _chain_rows(layout, 4) if len(r)]
-    depths = [_qkv(len(r), 10 + d) for d, r in enumerate(rows)]
-    chain = ChainAttention(layout)
-    got = [(chain if d == 0 else chain.at(rows[d]))(0, *qkv, SCALE) for d, qkv in enumerate(depths)]
-    exact = [tuple(x[0].detach().double() for x in qkv) for qkv in depths]
-    want = oracle.chain(exact, [r.tolist() for r in rows], _starts(layout), SCALE)
-    assert all(relative_error(a[0], b) < 1e-6 for a, b in zip(got, want, strict=True))
+def _check_sharded(ranks: Ranks, size: int, lengths: list[int], sharding: Sharding) -> None:
+    case = sharded_attention.Case(lengths=lengths, begin=[0] * len(lengths), sharding=sharding, depths=1)
+    want, _ = sharded_attention.run(PackedLayout.make(lengths), case)
+    for got, leaked in ranks.run(sharded_attention.run_rank, size, case):
+        assert leaked == 0
+        assert all(relative_error(a, b) < 1e-6 for a, b in zip(got, want, strict=True))
 
 
-def test_chain_attention_gradients_flow_through_every_depth() -> None:
-    layout = PackedLayout.make([4, 0, 2, 7, 1])
-    rows = _chain_rows(layout, 3)
-    depths = [_qkv(len(r), 20 + d) for d, r in enumerate(rows)]
-    exact = [[x.detach().double().requires_grad_() for x in qkv] for qkv in depths]
-    chain = ChainAttention(layout)
-    got = [(chain if d == 0 else chain.at(rows[d]))(0, *qkv, SCALE) for d, qkv in enumerate(depths)]
-    want, visible = [], _packed_mask(layout)
-    for d, (query, _, _) in enumerate(exact):
-        own = [r[None] == rows[d][:, None] for r in rows[1 : d + 1]]
-        mask = torch.cat([visible[rows[d]], *own], dim=1)
-        key, value = (torch.cat([exact[j][i] for j in range(d + 1)], dim=2) for i in (1, 2))
-        want.append(_dense(query, key, value, mask)[None])
-    for outs in (got, want):
-        total = torch.zeros((), dtype=outs[0].dtype)
-        for d, out in enumerate(outs):
-            weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(d))
-            total = total + (out * weight).sum()
-        total.backward()
-    for d in range(3):
-        for a, b in zip(depths[d], exact[d], strict=True):
-            assert b.grad.abs().sum() > 0 and relative_error(a.grad, b.grad) < 1e-6
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_context_parallel_equals_one_rank(ranks: Ranks, size: int, sharding: Sharding) -> None:
+    _check_sharded(ranks, size, [37, 0, 5, 1, 16], sharding)
 
 
-def test_a_chain_never_sees_another_row_or_a_later_token() -> None:
-    """Changing any key that a query must not see leaves its output bit for bit."""
-    layout = PackedLayout.make([5, 6])
-    rows = [torch.arange(11), torch.tensor([1, 2, 3, 6, 8])]
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 19), min_size=1, max_size=5).filter(any),
+    sharding=st.sampled_from(SHARDINGS),
+    size=st.sampled_from([2, 4]),
+)
+def test_any_lengths(ranks: Ranks, lengths: list[int], sharding: Sharding, size: int) -> None:
+    _check_sharded(ranks, size, lengths, sharding)
 
-    def run(spoil_base: list[int], spoil_own: list[int]) -> Tensor:
-        first, second = ([x.detach().clone() for x in _qkv(len(r), 30 + d)] for d, r in enumerate(rows))
-        for x in first[1:]:
-            x[:, :, spoil_base] = 1e3
-        for x in second[1:]:
-            x[:, :, spoil_own] = 1e3
-        chain = ChainAttention(layout)
-        chain(0, *first, SCALE)
-        return chain.at(rows[1])(0, *second, SCALE)
 
-    clean = run([], [])
-    # row 2 is the second query: later tokens, the other segment and the other rows' chains are spoiled
-    assert torch.equal(run([3, 4, 5, 10], [0, 2, 3, 4])[:, :, 1], clean[:, :, 1])
-    assert not torch.equal(run([0], [])[:, :, 1], clean[:, :, 1])
-    assert not torch.equal(run([], [1])[:, :, 1], clean[:, :, 1])
+def _shape_when_empty(group: dist.ProcessGroup) -> tuple[int, ...]:
+    return PackedAttention(PackedLayout.make([0, 0], cp_group=group))(0, *_qkv(0, 1), SCALE).shape
+
+
+def test_an_empty_pack_on_several_ranks(ranks: Ranks) -> None:
+    assert ranks.run(_shape_when_empty, 2) == [(1, HEADS, 0, SIZE)] * 2
+
+
+def test_several_ranks_need_a_group() -> None:
+    with pytest.raises(ValueError, match="cp_group"):
+        PackedAttention(PackedLayout.make([8], cp_rank=0, cp_size=2))
+
+
+def _logits(layout: PackedLayout, family: str) -> Tensor:
+    tokens = torch.randint(0, 61, (sum(layout.lengths),), generator=torch.Generator().manual_seed(3))
+    inputs = {"position_ids": layout.positions[None], "attend": PackedAttention(layout)}
+    with torch.no_grad():
+        return layout.unshard(tiny_model(family)(layout.shard(tokens)[None], **inputs, use_cache=False).logits[0])
+
+
+def _logits_sharded(group: dist.ProcessGroup, lengths: list[int], family: str) -> Tensor:
+    return _logits(PackedLayout.make(lengths, cp_group=group), family)
 
 
 def test_models_compute_as_with_their_own_attention(family: str) -> None:
     model = tiny_model(family)
-    layout = PackedLayout.make([5, 9])
+    got = _logits(PackedLayout.make([5, 9]), family)
     tokens = torch.randint(0, 61, (1, 14), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        positions = layout.positions[None]
-        got = model(tokens, position_ids=positions, attend=PackedAttention(layout), use_cache=False).logits
         model.set_attn_implementation("eager")
         want = torch.cat([model(part, use_cache=False).logits for part in tokens.split([5, 9], dim=1)], dim=1)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, want[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_over_two_ranks_computes_the_same(ranks: Ranks) -> None:
+    want = _logits(PackedLayout.make([5, 9]), "qwen3")
+    for got in ranks.run(_logits_sharded, 2, [5, 9], "qwen3"):
+        assert relative_error(got, want) < 1e-6
 
 
 def test_a_model_must_be_told_what_to_attend_to() -> None:
@@ -150,29 +140,21 @@ def test_dropout_is_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_and_chain_attention_on_a_gpu(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+def test_packed_attention_on_a_gpu(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     attention._note_slow_path.cache_clear()
     host = PackedLayout.make([40, 0, 3, 129, 1])
+    qkv = _qkv(host.tokens, 40, dtype, "cuda")
+    exact = [x.detach().cpu().double().requires_grad_() for x in qkv]
     layout = host.to("cuda")
-    rows = _chain_rows(host, 2)
-    depths = [_qkv(len(r), 40 + d, dtype, "cuda") for d, r in enumerate(rows)]
-    exact = [[x.detach().cpu().double().requires_grad_() for x in qkv] for qkv in depths]
-    chain = ChainAttention(layout)
     with caplog.at_level(logging.WARNING):
-        got = [chain(0, *depths[0], SCALE), chain.at(rows[1].cuda())(0, *depths[1], SCALE)]
-        PackedAttention(layout)(0, *depths[0], SCALE)
+        got = PackedAttention(layout)(0, *qkv, SCALE)
+        PackedAttention(layout)(0, *qkv, SCALE)
     # the slow path says so, once
     assert len(caplog.records) == (dtype == torch.float32)
-    own = torch.eye(len(rows[1]), dtype=torch.bool)
-    key, value = (torch.cat([exact[0][i], exact[1][i]], dim=2) for i in (1, 2))
-    mask = _packed_mask(host)
-    want = [
-        _dense(*exact[0], mask)[None],
-        _dense(exact[1][0], key, value, torch.cat([mask[rows[1]], own], dim=1))[None],
-    ]
+    want = dense(*exact, _visible(host), SCALE)
+    got.float().sum().backward()
+    want.sum().backward()
     limit = 1e-5 if dtype == torch.float32 else 1e-2
-    sum(x.float().sum() for x in got).backward()
-    sum(x.sum() for x in want).backward()
-    assert all(relative_error(a.cpu(), b) < limit for a, b in zip(got, want, strict=True))
-    for a, b in zip([*depths[0], *depths[1]], [*exact[0], *exact[1]], strict=True):
+    assert relative_error(got.cpu(), want) < limit
+    for a, b in zip(qkv, exact, strict=True):
         assert relative_error(a.grad.cpu(), b.grad) < 2 * limit

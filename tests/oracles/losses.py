@@ -6,6 +6,10 @@ gradient ignores it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,32 +29,85 @@ def logprob(
     return logp[torch.arange(len(labels)), labels], -(logp.exp() * logp).sum(-1), torch.logsumexp(logits, -1)
 
 
-def draft_loss(
-    states: Tensor,
-    head: Tensor,
-    labels: Tensor,
-    teacher_hidden: Tensor,
-    teacher_lse: Tensor,
-    label_logprob: Tensor,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What one draft row is worth; tensors `[]` in float64, differentiable where the loss is."""
+
+    ce: Tensor
+    kl: Tensor
+    reverse_kl: Tensor
+    tv: Tensor
+    overlap: Tensor
+    chosen: Tensor
+    agree: Tensor
+    entropy: Tensor
+    accept: Tensor
+
+
+def draft_row(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    label: int,
     rule: str,
-    temperature: float,
-    rounding: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`ce`, `kl`, `tv`, `accept`, written one row at a time."""
-    out: list[tuple[Tensor, ...]] = []
-    for n, label in enumerate(labels.tolist()):
-        q = torch.softmax(product(states[n], head, rounding) / temperature, 0)
-        p = torch.exp(product(teacher_hidden[n], head, rounding) / temperature - teacher_lse[n])
-        zero = q.sum() * 0
-        ce = zero if label < 0 else -torch.log(q[label])
-        share = p / p.sum()
-        kl = (share * torch.log(share / q)).sum()
-        if rule == "rejection":
-            a = torch.stack([torch.min(pv, qv) for pv, qv in zip(p, q, strict=True)]).sum()
-            chance = zero if label < 0 else torch.clamp(q[label] / torch.exp(label_logprob[n]), max=1)
-        else:
-            a = q[int(p.argmax())] if rule == "greedy" else p @ q
-            chance = zero + float(int(q.argmax()) == label)
-        out.append((ce, kl, 1 - a, chance.detach()))
-    ce, kl, tv, accept = (torch.stack(column) for column in zip(*out, strict=True))
-    return ce, kl, tv, accept
+    *,
+    lse: Tensor | None = None,
+    label_logprob: Tensor | None = None,
+    top_p: float = 1.0,
+) -> Row:
+    """From tempered logits `[V]` of draft and target; see `DraftLoss` for the fields."""
+    q = torch.softmax(logits, 0)
+    p = torch.exp(teacher_logits - (torch.logsumexp(teacher_logits, 0) if lse is None else lse))
+    if top_p < 1:
+        p = nucleus(p, top_p)
+    zero = q.sum() * 0
+    # in logarithms, so that neither a far draft nor a target that lies elsewhere underflows
+    kept = p > 0 if top_p < 1 else torch.ones_like(p, dtype=torch.bool)
+    log_q = torch.log_softmax(logits, 0)
+    log_share = torch.log_softmax(teacher_logits.masked_fill(~kept, -torch.inf), 0)
+    kl = (log_share[kept].exp() * (log_share[kept] - log_q[kept])).sum()
+    reverse = (q * (log_q - log_share)).sum() if bool(kept.all()) else zero + torch.inf
+    overlap = torch.stack([torch.min(pv, qv) for pv, qv in zip(p, q, strict=True)]).sum()
+    if rule == "rejection":
+        a = overlap
+        given = p[label] if label_logprob is None else torch.exp(label_logprob)
+        accept = zero if label < 0 else torch.clamp(q[label] / given, max=1)
+    else:
+        a = q[int(p.argmax())] if rule == "greedy" else p @ q
+        accept = zero + float(int(q.argmax()) == label)
+    return Row(
+        ce=zero if label < 0 else -log_q[label],
+        kl=kl,
+        reverse_kl=reverse,
+        tv=1 - a,
+        overlap=overlap.detach(),
+        chosen=p[int(q.argmax())].detach(),
+        agree=zero.detach() + float(int(q.argmax()) == int(p.argmax())),
+        entropy=-(q * log_q).sum().detach(),
+        accept=accept.detach(),
+    )
+
+
+def nucleus(p: Tensor, top_p: float) -> Tensor:
+    """`p` `[V]` cut to the fewest tokens that hold `top_p`, likeliest first, and brought to one again."""
+    order = torch.argsort(p, descending=True)
+    kept, held = torch.zeros_like(p, dtype=torch.bool), 0.0
+    for v in order.tolist():
+        if held >= top_p:
+            break
+        kept[v] = True
+        held += float(p[v])
+    return torch.where(kept, p, 0) / p[kept].sum()
+
+
+def block_weights(accepts: Sequence[float]) -> list[float]:
+    """Derivative of a block's expected accepted tokens in each acceptance, by its definition."""
+
+    def length(a: Sequence[float]) -> float:
+        return sum(math.prod(a[: j + 1]) for j in range(len(a)))
+
+    out = []
+    for i in range(len(accepts)):
+        up, down = list(accepts), list(accepts)
+        up[i], down[i] = 1.0, 0.0  # linear in each, so the difference over 0..1 is the derivative
+        out.append(length(up) - length(down))
+    return out

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One row at one depth; fields are None where the token is not in the row's segment."""
+    """One row at one depth. Where a token is not in the row's segment, the segment's last one stands in."""
 
-    input: int | None
-    label: int | None
+    input: int
+    label: int
     position: int
-    teacher: int | None
+    teacher: int
     counts: bool
+    key: bool
 
 
 def rows(tokens: Sequence[int], loss_mask: Sequence[bool], lengths: Sequence[int], depth: int) -> list[list[Row]]:
@@ -29,12 +30,23 @@ def rows(tokens: Sequence[int], loss_mask: Sequence[bool], lengths: Sequence[int
                 wanted = range(t + 1, t + d + 2)
                 table[d - 1].append(
                     Row(
-                        input=tokens[t + d] if t + d < end else None,
-                        label=tokens[t + d + 1] if t + d + 1 < end else None,
+                        input=tokens[min(t + d, end - 1)],
+                        label=tokens[min(t + d + 1, end - 1)],
                         position=t - start + d - 1,
-                        teacher=t + d if t + d < end else None,
+                        teacher=min(t + d, end - 1),
                         counts=all(i < end and loss_mask[i] for i in wanted),
+                        key=t + 1 < end,
                     )
                 )
         start = end
     return table
+
+
+def ahead(lengths: Sequence[int], offset: int) -> list[int | None]:
+    """The token `offset` further on in the segment of each; negative offsets look back."""
+    out: list[int | None] = []
+    start = 0
+    for length in lengths:
+        out += [t + offset if 0 <= t + offset - start < length else None for t in range(start, start + length)]
+        start += length
+    return out
