@@ -15,8 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from miles_spec.bench_kernels import kernels_of_ranks
 from miles_spec.cli import main as miles_spec
+from miles_spec.kernel_bench.run import kernels_of_ranks
 
 RESULTS = Path(__file__).parent / "results"
 

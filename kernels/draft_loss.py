@@ -39,7 +39,8 @@ from torch.autograd.function import once_differentiable
 
 from miles_spec.kernels.backend import Backend, use_triton
 from miles_spec.kernels.linear import add_product, autocast_inputs, no_autocast, vocab_range
-from miles_spec.kernels.sweeps import Sweeps, merge
+from miles_spec.kernels.sweeps import Stats, Sweeps
+from miles_spec.kernels.sweeps_triton import label_logits
 
 if TYPE_CHECKING:
     from miles_spec.types import VerifyRule
@@ -223,8 +224,6 @@ class _Job:
 class _DraftLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, head: Tensor, job: _Job) -> tuple[Tensor, ...]:
-        fields = states.new_empty(9, job.labels.shape[0], dtype=torch.float32)
-        total = states.new_zeros((), dtype=torch.float32)
         d_states = d_head = None
         if job.grad:
             d_states = torch.empty_like(states) if job.rows is None else torch.zeros_like(states)
@@ -233,7 +232,7 @@ class _DraftLoss(torch.autograd.Function):
         work = _Work(states, head, job)
         with no_autocast(states):
             for part, window in _parts(job):
-                total += work.run(part, window, fields[:, part], d_states, d_head)
+                work.run(part, window, d_states, d_head)
         if d_states is not None and job.group is not None:
             wide = d_states.float()  # the ranks' shares are added in float32
             dist.all_reduce(wide, group=job.group)
@@ -241,9 +240,9 @@ class _DraftLoss(torch.autograd.Function):
         ctx.save_for_backward(d_states, d_head)
         ctx.head_dtype = head.dtype
         ctx.set_materialize_grads(False)
-        outputs = fields.unbind()
-        ctx.mark_non_differentiable(*outputs)
-        return total, *outputs
+        total, *fields = work.results()
+        ctx.mark_non_differentiable(*fields)
+        return total, *fields
 
     @staticmethod
     @once_differentiable
@@ -260,138 +259,156 @@ class _DraftLoss(torch.autograd.Function):
 
 
 class _Work:
-    """The memory of a chunk, and what is done with it."""
+    """The memory of a chunk, what is done with it, and what is kept of every row."""
 
     def __init__(self, states: Tensor, head: Tensor, job: _Job) -> None:
         self._states, self._head, self._job = states, head, job
         self._first, _ = vocab_range(head.shape[0], job.group)
+        count = job.labels.shape[0]
         # a chunk ends with a block, so it may be a little longer
-        rows = min(job.labels.shape[0], job.chunk_rows + job.depth - 1)
-        self._draft, self._target = (states.new_empty(rows * head.shape[0]) for _ in range(2))
+        columns = self._whole(min(count, job.chunk_rows + job.depth - 1))
+        self._draft, self._target = (states.new_empty(columns * head.shape[0]) for _ in range(2))
+        self._stats = Stats.empty(count, states)
+        self._known = job.labels >= 0
+        self._lse_t, self._overlap = states.new_empty(2, count, dtype=torch.float32)
+        weights = torch.ones_like(self._lse_t) if job.weights is None else job.weights
+        self._factors = torch.stack([weights * x for x in _weights(job.mix)])
+        self._factors[0] *= self._known
 
-    def run(
-        self, part: slice, window: slice | None, fields: Tensor, d_states: Tensor | None, d_head: Tensor | None
-    ) -> Tensor:
-        """Fills `fields` `[9, C]` and the gradients for the counting rows `part`, whose teachers are the rows `window`
-        or, without one, each its own; returns the sum of their losses."""
-        job, mix = self._job, self._job.mix
-        labels = job.labels[part]
-        x = self._states[part if job.rows is None else job.rows[part]]
+    def run(self, part: slice, window: slice | None, d_states: Tensor | None, d_head: Tensor | None) -> None:
+        """Statistics and gradients of the counting rows `part`, whose teachers are the rows `window` or, without one,
+        each its own."""
+        job = self._job
+        x = self._take(self._states, part if job.rows is None else job.rows[part])
         sweeps, shift = self._logits(part, window, x)
-        s = merge(sweeps.stats(self._first), job.group, job.triton)
+        stats, lse_t = self._stats.part(part), self._lse_t[part]
+        sweeps.stats(stats, job.group)
         if job.top_p < 1:
-            sweeps.border = _nucleus(sweeps, s.lse_t, job)
-            s = merge(sweeps.stats(self._first), job.group, job.triton)
-        lse_t = s.lse_t if job.teacher_lse is None else job.teacher_lse[part].float() - shift
-        mass = (s.lse_t - lse_t).exp()
-        known = labels >= 0
-        weights = torch.ones_like(mass) if job.weights is None else job.weights[part]
-
-        grad = d_states is not None or d_head is not None
-        overlap = moved = None
-        if not grad or (mix.tv and job.rule == "rejection"):
-            overlap, moved = self._everywhere(sweeps.overlap(s.lse_z, lse_t))
-        accept = {
-            "rejection": overlap,
-            "target": s.product * mass,
-            "greedy": (s.z_at_best_t - s.lse_z).exp(),
-        }[job.rule]
-        tv_weights = mix.tv * weights
-        if mix.tv and job.chain is not None:
-            assert accept is not None
-            tv_weights = tv_weights * _by_block(accept, job.chain[part], job.depth)
-        if grad:
-            zero = torch.zeros_like(mass)
-            factors = [
-                s.lse_z,
-                s.lse_t,
-                mass,
-                torch.where(known, mix.ce * job.scale * weights, 0),
-                mix.kl * job.scale * weights,
-                mix.reverse_kl * job.scale * weights,
-                s.reverse_kl,
-                tv_weights * job.scale,
-                moved if job.rule == "rejection" else accept,
-            ]
-            least = sweeps.gradient(
-                torch.stack([zero if f is None else f for f in factors]),
-                s.best_t - self._first,
-                ce=mix.ce != 0,
-                kl=mix.kl != 0,
-                reverse=mix.reverse_kl != 0,
-                rule=job.rule if mix.tv else "",
-            )
-            if overlap is None:
-                overlap = self._everywhere(least)
-            self._gradients(sweeps.z, part, x, d_states, d_head)
-        assert overlap is not None
-        accept = overlap if accept is None else accept
-
-        if job.rule == "rejection":
-            reference = s.label_t - lse_t if job.label_logprob is None else job.label_logprob[part]
-            chance = torch.where(known, (s.label_z - s.lse_z - reference).clamp(max=0).exp(), 0)
+            sweeps.border = _nucleus(sweeps, stats.lse_t, job)
+            sweeps.stats(stats, job.group)
+        if job.teacher_lse is None:
+            lse_t.copy_(stats.lse_t)
         else:
-            chance = (s.best_z == labels).float()
-        ce = torch.where(known, s.lse_z - s.label_z, 0)
-        values = (
-            ce,
-            s.kl,
-            torch.full_like(s.kl, torch.inf) if job.top_p < 1 else s.reverse_kl,
-            1 - accept,
-            overlap,
-            (s.t_at_best_z - lse_t).exp(),
-            (s.best_z == s.best_t).float(),
-            s.entropy,
-            chance,
-        )
-        fields.copy_(torch.stack(values))
-        loss = mix.ce * ce + mix.kl * s.kl
-        if mix.reverse_kl:
-            loss = loss + mix.reverse_kl * s.reverse_kl
-        return (weights * loss + tv_weights * (1 - accept)).sum()
+            torch.sub(job.teacher_lse[part], shift, out=lse_t)
 
-    def _logits(self, part: slice, window: slice | None, x: Tensor) -> tuple[Sweeps, Tensor]:
+        grad, tv = d_states is not None or d_head is not None, job.mix.tv != 0
+        moved = None
+        if not grad or (tv and job.rule == "rejection"):
+            overlap, moved = self._everywhere(sweeps.overlap(stats.lse_z, lse_t))
+            self._overlap[part] = overlap
+        if tv:
+            accept = self._accept(part)
+            if job.chain is not None:
+                self._factors[3, part] *= _by_block(accept, job.chain[part], job.depth)
+            summed = moved if job.rule == "rejection" else accept
+        if grad:
+            least = sweeps.gradient(
+                stats,
+                lse_t,
+                self._factors[:, part] * job.scale,
+                summed if tv else None,
+                job.rule,
+                reverse=job.mix.reverse_kl != 0,
+            )
+            if moved is None:
+                self._overlap[part] = self._everywhere(least)
+            self._gradients(sweeps.z, part, x, d_states, d_head)
+
+    def results(self) -> tuple[Tensor, ...]:
+        """The total, then the fields of `DraftLoss`."""
+        job, s = self._job, self._stats
+        everything = slice(0, len(job.labels))
+        tv = 1 - self._accept(everything)
+        ce = torch.where(self._known, s.lse_z - s.label_z, 0)
+        reverse_kl = torch.full_like(s.kl, torch.inf) if job.top_p < 1 else s.reverse_kl
+        if job.rule == "rejection":
+            given = s.label_t - self._lse_t if job.label_logprob is None else job.label_logprob
+            accept = torch.where(self._known, (s.label_z - s.lse_z - given).clamp(max=0).exp(), 0)
+        else:
+            accept = (s.best_z == job.labels).float()
+        # a loss that is left out may be infinite
+        losses = zip(_weights(job.mix), self._factors, (ce, s.kl, s.reverse_kl, tv), strict=True)
+        total = torch.stack([(factor * loss).sum() for weight, factor, loss in losses if weight]).sum()
+        return (
+            total,
+            ce,
+            s.kl.clone(),
+            reverse_kl.clone(),
+            tv,
+            self._overlap,
+            (s.t_at_best_z - self._lse_t).exp(),
+            (s.best_z == s.best_t).float(),
+            s.entropy.clone(),
+            accept,
+        )
+
+    def _accept(self, part: slice) -> Tensor:
+        """`[C]` expected acceptance under the rule."""
+        s = self._stats.part(part)
+        if self._job.rule == "rejection":
+            return self._overlap[part]
+        if self._job.rule == "target":
+            return s.product * (s.lse_t - self._lse_t[part]).exp()
+        return (s.z_at_best_t - s.lse_z).exp()
+
+    def _logits(self, part: slice, window: slice | None, x: Tensor) -> tuple[Sweeps, Tensor | float]:
         """Both blocks of logits, and what the target's were lessened by, tempered, for each row `[C]`."""
         job = self._job
-        labels = job.labels[part] - self._first
-        labels = torch.where((labels >= 0) & (labels < self._head.shape[0]), labels, -1)
-        z = self._view(self._draft, len(x))
-        self._shifted(x, self._head.detach(), labels, z)
+        labels = job.labels[part]
+        if job.group is not None:
+            labels = labels - self._first
+            labels = torch.where((labels >= 0) & (labels < self._head.shape[0]), labels, -1)
+        z, _ = self._shifted(x, self._head.detach(), labels, self._draft)
         columns = None
         if window is None:
-            own = part if job.teacher_rows is None else job.teacher_rows[part]
-            teacher, teacher_labels = job.teacher[own], labels
+            teacher = self._take(job.teacher, part if job.teacher_rows is None else job.teacher_rows[part])
+            teacher_labels = labels
         else:
             assert job.teacher_rows is not None
             columns = job.teacher_rows[part] - window.start
-            teacher = job.teacher[window]
+            teacher = self._take(job.teacher, window)
             # the same token for every row of one teacher; any choice would do
-            teacher_labels = labels.new_full((len(teacher),), -1).index_copy_(0, columns, labels)
-        t = self._view(self._target, len(teacher))
-        if job.teacher_head is None:
-            shift = self._at_label(teacher, teacher_labels)
-            torch.sub(teacher.T, shift.to(teacher.dtype), out=t)
-        else:
-            shift = self._shifted(teacher, job.teacher_head, teacher_labels, t)
-        shift = (shift if columns is None else shift[columns]) * job.scale
-        return Sweeps(z, t, labels, scale=job.scale, columns=columns, use_triton=job.triton), shift
+            teacher_labels = labels.new_full((window.stop - window.start,), -1).index_copy_(0, columns, labels)
+        t, shift = self._shifted(teacher, job.teacher_head, teacher_labels, self._target)
+        shift = shift[: len(labels)] if columns is None else shift[columns]
+        sweeps = Sweeps(z, t, labels, scale=job.scale, columns=columns, first=self._first, triton=job.triton)
+        return sweeps, shift * job.scale
 
-    def _view(self, memory: Tensor, columns: int) -> Tensor:
-        rows = self._head.shape[0]
-        return memory[: rows * columns].view(rows, columns)
-
-    def _shifted(self, x: Tensor, head: Tensor, labels: Tensor, out: Tensor) -> Tensor:
-        """`head @ x.T`, each column less its label's logit, in `out`; returns what was taken off, float32."""
+    def _shifted(self, x: Tensor, head: Tensor | None, labels: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """`head @ x.T`, or the logits `x` turned over, each column less its label's logit, in `memory`; and what was
+        taken off, float32."""
+        out = memory[: self._head.shape[0] * len(x)].view(-1, len(x))
+        at_label = x.new_zeros(len(x), dtype=torch.float32)
         # columns without a label are not shifted: that is as exact as any product in this dtype, and no less right
-        at_label = (x.float() * head[labels.clamp(min=0)].float()).sum(-1)
-        shift = self._everywhere(torch.where(labels >= 0, at_label, 0)).to(x.dtype)
-        torch.addmm(-shift, head, x.T, out=out)
-        return shift.float()
+        if head is None:
+            found = x[: len(labels)].gather(1, labels.clamp(min=0)[:, None])[:, 0]
+            at_label[: len(labels)] = torch.where(labels >= 0, found, 0)
+        elif self._job.triton:
+            label_logits(x, head, labels, at_label)
+        else:
+            found = (x[: len(labels)].float() * head[labels.clamp(min=0)].float()).sum(-1)
+            at_label[: len(labels)] = torch.where(labels >= 0, found, 0)
+        shift = self._everywhere(at_label).to(x.dtype)
+        if head is None:
+            torch.sub(x.T, shift, out=out)
+        else:
+            torch.addmm(-shift, head, x.T, out=out)
+        return out, shift.float()
 
-    def _at_label(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """`[m]` float32, the teacher's logit of the label, 0 without one, in the precision of `logits`."""
-        found = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0].float()
-        return self._everywhere(torch.where(labels >= 0, found, 0)).to(logits.dtype).float()
+    def _take(self, source: Tensor, rows: slice | Tensor) -> Tensor:
+        """`source[rows]`, with rows of no meaning after it where there are too few for whole tiles."""
+        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        columns = self._whole(count)
+        if isinstance(rows, slice) and columns == count:
+            return source[rows]
+        out = source.new_empty(columns, source.shape[1])
+        out[:count] = source[rows]
+        out[count:] = 0
+        return out
+
+    def _whole(self, columns: int) -> int:
+        """Columns in memory: a product whose rows start at odd addresses is many times slower on a GPU."""
+        return -(-columns // _ALIGN) * _ALIGN if self._job.triton else columns
 
     def _everywhere(self, values: Tensor) -> Tensor:
         """The sum over ranks, in place."""
@@ -402,14 +419,18 @@ class _Work:
     def _gradients(
         self, d_logits: Tensor, part: slice, x: Tensor, d_states: Tensor | None, d_head: Tensor | None
     ) -> None:
-        rows = self._job.rows
+        rows, count = self._job.rows, part.stop - part.start
         if d_states is not None:
-            if rows is None:
+            if rows is None and len(x) == count:
                 torch.mm(d_logits.T, self._head, out=d_states[part])
             else:
-                d_states.index_copy_(0, rows[part], torch.mm(d_logits.T, self._head))
+                d_states[part if rows is None else rows[part]] = torch.mm(d_logits.T, self._head)[:count]
         if d_head is not None:
-            add_product(d_head, d_logits, x, first=False)
+            add_product(d_head, d_logits[:, :count], x[:count], first=False)
+
+
+def _weights(mix: Mix) -> tuple[float, float, float, float]:
+    return mix.ce, mix.kl, mix.reverse_kl, mix.tv
 
 
 def _parts(job: _Job) -> Iterator[tuple[slice, slice | None]]:
@@ -469,6 +490,8 @@ def _by_block(accept: Tensor, chain: Tensor, depth: int) -> Tensor:
 
 _ROUND = 256
 """Chunks are multiples of this, where they can be: matrix products like whole tiles."""
+_ALIGN = 64
+"""Columns in a GPU's memory are multiples of this."""
 _CHUNK_BYTES = 1280 * 2**20
 """Memory for both blocks of logits on a GPU."""
 

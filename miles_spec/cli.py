@@ -70,7 +70,7 @@ def _bench_rollout(arguments: argparse.Namespace, settings: Sequence[str]) -> No
 
 
 def _bench_kernels(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
-    from miles_spec.bench_kernels import kernels
+    from miles_spec.kernel_bench.run import kernels
 
     kernels(arguments.json, arguments.only)
 
@@ -109,7 +109,13 @@ def _parser() -> argparse.ArgumentParser:
         "minutes on a GPU. Without one small inputs show that they are right.",
     )
     kernels.add_argument("--json", type=Path, metavar="PATH", help="write the result there too")
-    kernels.add_argument("--only", metavar="KERNEL", help="draft_loss, shift, logprob or attention; all if left out")
+    kernels.add_argument(
+        "--only",
+        type=lambda names: names.split(","),
+        default=(),
+        metavar="KERNELS",
+        help="of draft_loss, shift, logprob and attention, with commas between them; all if left out",
+    )
     report = _add(commands, "report", _report, "Writes a run's report, one static HTML page, and prints its path.")
     report.add_argument("directory", type=Path, metavar="RUN_DIR")
     _add(commands, "quickstart", _quickstart, "Trains, measures and reports a small model in a few minutes.")

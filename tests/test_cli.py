@@ -45,7 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     replace("loop", "train", Path("runs/x"))
     replace("report", "write", Path("runs/x/report.html"))
     replace("bench", "rollout", None)
-    replace("bench_kernels", "kernels", None)
+    replace("kernel_bench.run", "kernels", None)
     replace("quickstart", "main", None)
     return made
 
@@ -78,15 +78,16 @@ def test_bench_rollout(where: str, run_file: Path, calls: list[object]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], (None, None)),
-        (["--json", "k.json"], (Path("k.json"), None)),
-        (["--only", "shift", "--json", "k.json"], (Path("k.json"), "shift")),
+        ([], (None, ())),
+        (["--json", "k.json"], (Path("k.json"), ())),
+        (["--only", "shift", "--json", "k.json"], (Path("k.json"), ["shift"])),
+        (["--only", "draft_loss,logprob"], (None, ["draft_loss", "logprob"])),
     ],
-    ids=["plain", "json", "only"],
+    ids=["plain", "json", "one", "two"],
 )
 def test_bench_kernels(arguments: list[str], expected: tuple[object, ...], calls: list[object]) -> None:
     assert main(["bench", "kernels", *arguments]) == 0
-    assert calls == [("bench_kernels", "kernels", *expected)]
+    assert calls == [("kernel_bench.run", "kernels", *expected)]
 
 
 def test_report(calls: list[object], capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +118,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench"], "rollout"),
         (["bench"], "kernels"),
         (["bench", "rollout"], "--json PATH"),
-        (["bench", "kernels"], "--only KERNEL"),
+        (["bench", "kernels"], "--only KERNELS"),
         (["report"], "RUN_DIR"),
         (["quickstart"], "a few minutes"),
     ],

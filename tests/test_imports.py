@@ -23,7 +23,7 @@ ALLOWED = {
     "train": {"train", "draft", "kernels"} | COMMON,
 }
 """Layers that may import these and nothing else of ours; every other layer may import all but `FORBIDDEN`."""
-TOP = {"loop", "assemble", "sampling", "cli", "bench", "bench_kernels", "quickstart"}
+TOP = {"loop", "assemble", "sampling", "cli", "bench", "kernel_bench", "quickstart"}
 """The loop with its two parts, and the commands: they may import everything, and nobody else may import them."""
 FORBIDDEN = {"train"} | TOP
 

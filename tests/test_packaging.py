@@ -132,3 +132,9 @@ def test_import_is_light(name: str, tmp_path: Path) -> None:
         "print(json.dumps([m for m in ('torch', 'ray', 'sglang', 'transformers', 'numpy') if m in sys.modules]))"
     )
     assert python(code, tmp_path, ROOT) == []
+
+
+def test_no_benchmark_hides_a_package() -> None:
+    # a script's own folder comes first on its path, and transformers looks for a package named `kernels`
+    scripts = (ROOT / "benchmarks").glob("*.py")
+    assert not {script.stem for script in scripts} & set(FOLDERS)

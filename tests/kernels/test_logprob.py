@@ -324,9 +324,14 @@ def _exact_on_gpu(hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor, 
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)])
+# a gradient is rounded twice, before the second product and after it; sums over a large vocabulary in float32 add to it
+@pytest.mark.parametrize(
+    ("dtype", "limit", "gradient_limit"), [(torch.float32, 1e-6, 3e-6), (torch.bfloat16, 1e-5, 3e-3)]
+)
 @pytest.mark.parametrize(("v", "chunk_rows"), [(151936, None), (151936, 128), (50257, None), (1000, 7)])
-def test_on_a_gpu(backend: Any, dtype: torch.dtype, limit: float, v: int, chunk_rows: int | None) -> None:
+def test_on_a_gpu(
+    backend: Any, dtype: torch.dtype, limit: float, gradient_limit: float, v: int, chunk_rows: int | None
+) -> None:
     inputs = _gpu_inputs(300, 512, dtype, v)
     hidden, head, labels, weight = inputs
     want = _exact_on_gpu(*inputs, 0.7)
@@ -336,9 +341,9 @@ def test_on_a_gpu(backend: Any, dtype: torch.dtype, limit: float, v: int, chunk_
     grads = torch.autograd.grad((got.logprob * weight).sum(), (hidden, head))
     # logits are never rounded to half precision
     for a, b in zip((got.logprob, got.entropy, got.lse), want[:3], strict=True):
-        assert relative_error(a, b) < (limit if dtype == torch.float32 else 1e-5)
+        assert relative_error(a, b) < limit
     for a, b in zip(grads, want[3:], strict=True):
-        assert a.dtype == dtype and relative_error(a, b) < limit
+        assert a.dtype == dtype and relative_error(a, b) < gradient_limit
     logits = hidden.detach().double() @ head.detach().double().T
     top = logits.amax(-1)
     assert (top - logits.gather(-1, got.best[:, None])[:, 0]).max() < 1e-5 * top.max()
@@ -359,7 +364,7 @@ def test_offsets_beyond_31_bits() -> None:
     want = _exact_on_gpu(hidden[last], head, labels[last], weight[last], 1.0)
     for a, b in zip((got.logprob, got.entropy, got.lse), want[:3], strict=True):
         assert relative_error(a[last], b) < 1e-5
-    assert relative_error(grad[last], want[3]) < 2e-3
+    assert relative_error(grad[last], want[3]) < 3e-3  # rounded twice
 
 
 @pytest.mark.gpu

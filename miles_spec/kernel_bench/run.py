@@ -1,4 +1,4 @@
-"""`miles-spec bench kernels`: our kernels against public ones and against what the same work costs at least.
+"""The command itself: every contest's calls checked, timed, printed, written, and held against the goals.
 
 Invariant: a call that gives something wrong is named and not timed. On a GPU everything runs at the sizes of real
 models; without one small inputs show that the reference is right, and Triton's kernels too where they run in its
@@ -21,11 +21,11 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from miles_spec.contests import CPU, GPU, TINY, Contest, Entry, Setting, Sizes
+from miles_spec.kernel_bench.contests import CPU, GPU, TINY, Contest, Entry, Setting, Sizes
+from miles_spec.kernel_bench.losses import draft_loss_contests, logprob_contests
+from miles_spec.kernel_bench.measure import Call, Meter
+from miles_spec.kernel_bench.packs import attention_contests, shift_contests
 from miles_spec.kernels.backend import interpreted, triton
-from miles_spec.loss_contests import draft_loss_contests, logprob_contests
-from miles_spec.measure import Call, Meter
-from miles_spec.pack_contests import attention_contests, shift_contests
 from miles_spec.provenance import check, write_result
 from miles_spec.types import RunError
 
@@ -65,8 +65,10 @@ class Row:
     """The largest of all gradients', likewise."""
     ms: float | None = None
     """Median."""
+    spread: float | None = None
+    """Between the quartiles, in units of the median."""
     host_ms: float | None = None
-    """Median until the call returned to the host; None without a GPU."""
+    """Median until the call returned to the host, with nothing queued before it; None without a GPU."""
     over_peer: float | None = None
     """Of ours: the best peer's time in units of this one's."""
     over_floor: float | None = None
@@ -80,14 +82,15 @@ class Row:
     note: str = ""
 
 
-def kernels(result: Path | None = None, only: str | None = None, sizes: Sizes | None = None) -> list[Row]:
-    """Runs everything that this machine can, or the kernel `only`, prints it, and writes it to `result`.
+def kernels(result: Path | None = None, only: Sequence[str] = (), sizes: Sizes | None = None) -> list[Row]:
+    """Runs everything that this machine can, or the kernels named in `only`, prints it, and writes it to `result`.
 
     Raises `ValueError` for an unknown kernel, and `RunError` if a kernel of ours is wrong, when all the rest is done.
     """
-    if only is not None and only not in KERNELS:
-        raise ValueError(f"there is no kernel {only!r} to measure; there are {', '.join(KERNELS)}")
-    names = list(KERNELS) if only is None else [only]
+    for name in only:
+        if name not in KERNELS:
+            raise ValueError(f"there is no kernel {name!r} to measure; there are {', '.join(KERNELS)}")
+    names = [name for name in KERNELS if name in only or not only]
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     setting = Setting(
@@ -164,7 +167,7 @@ def _run(setting: Setting, names: Sequence[str], meter: Meter | None, console: C
 
 
 def settle(contest: Contest, meter: Meter | None, setting: Setting) -> list[Row]:
-    """Checks every call, then times those that are right, turn by turn; without a meter it checks alone."""
+    """Checks every call, then times those that are right, in turns; without a meter it checks alone."""
     rows: dict[str, Row] = {}
     calls: dict[str, Call] = {}
     ours = "ours" if setting.backend != "triton" else "ours in Triton's interpreter"
@@ -189,7 +192,8 @@ def settle(contest: Contest, meter: Meter | None, setting: Setting) -> list[Row]
     if meter is None:
         return list(rows.values())
     for name, time in meter.times(calls).items():
-        rows[name] = replace(rows[name], ms=time.ms, host_ms=time.host_ms, peak_gib=meter.peak_gib(calls[name]))
+        peak = meter.peak_gib(calls[name])
+        rows[name] = replace(rows[name], ms=time.ms, spread=time.spread, host_ms=time.host_ms, peak_gib=peak)
         if contest.count:
             launches, syncs = meter.launches(calls[name]), meter.syncs(calls[name])
             rows[name] = replace(rows[name], launches=launches, syncs=syncs)
@@ -224,7 +228,9 @@ def _checked(row: Row, entry: Entry, contest: Contest) -> tuple[Row, Call | None
     if entry.truth is None:
         return row, call
     row = replace(row, value_error=_finite(errors[0]), gradient_error=_finite(errors[1]))
-    limits = contest.tolerance if entry.kind == "ours" else [max(PEER_TOLERANCE, t) for t in contest.tolerance]
+    limits = entry.tolerance or contest.tolerance
+    if entry.kind != "ours":
+        limits = max(PEER_TOLERANCE, limits[0]), max(PEER_TOLERANCE, limits[1])
     if all(e is None or e <= limit for e, limit in zip(errors, limits, strict=True)):
         return row, call
     found = " and ".join("none" if e is None else f"{e:.1e}" for e in errors)
@@ -289,6 +295,7 @@ def _raise_for_wrong(rows: Sequence[Row]) -> None:
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "ms": ("ms", lambda x: f"{x:.3f}"),
+    "spread": ("spread", lambda x: f"{x:.1%}"),
     "host_ms": ("host ms", lambda x: f"{x:.3f}"),
     "over_peer": ("faster than best peer", lambda x: f"{x:.2f}x"),
     "over_floor": ("of floor", lambda x: f"{x:.2f}x"),

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miles_spec import peers
-from miles_spec.contests import Contest, Entry, Outcome, Setting, Truth, ready
+from miles_spec.kernel_bench import peers
+from miles_spec.kernel_bench.contests import Contest, Entry, Outcome, Setting, Truth, ready
+from miles_spec.kernel_bench.measure import Call
 from miles_spec.kernels.attention import PackedAttention
 from miles_spec.kernels.backend import Backend
 from miles_spec.kernels.chain_attention import ChainAttention
 from miles_spec.kernels.layout import PackedLayout
 from miles_spec.kernels.shift import DraftTargets, draft_targets, extend, shift
-from miles_spec.measure import Call
 
 EXACT = (0.0, 0.0)
 VOCABULARY = 151936

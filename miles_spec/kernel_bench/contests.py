@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from miles_spec.kernel_bench.measure import Call
 from miles_spec.kernels.backend import Backend
-from miles_spec.measure import Call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +165,8 @@ class Entry:
     """The entry that is its floor."""
     rival: bool = True
     """Of ours: whether the peers do the same work."""
+    tolerance: tuple[float, float] | None = None
+    """Instead of the contest's."""
     note: str = ""
 
 
