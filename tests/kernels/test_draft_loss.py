@@ -389,23 +389,26 @@ def test_shards_of_the_vocabulary_give_what_the_whole_does(
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
-@pytest.mark.parametrize("offset", [0.0, 40.0, -90.0])
+@pytest.mark.parametrize("offset", [0.0, 100.0, -90.0])  # nats from the label's part to the others
 def test_parts_of_the_vocabulary_merge(top_p: float, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four programs to a row. With an offset the label is far from the rest, so a part's sums overflow or vanish unless
-    they are taken anew."""
+    """Four programs to a row. With an offset the sums of three of them overflow unless they are taken anew, or vanish."""
     monkeypatch.setattr(sweeps_triton, "PART", 16)
     inputs = _inputs(9)
     inputs["labels"] = torch.full((9,), 3)
     inputs |= {k: inputs[k].index_fill(1, torch.tensor(0), 1.0) for k in ("states", "teacher_hidden")}
-    inputs["head"][:, 0] = torch.full((FULL,), offset).index_fill_(0, torch.tensor(3), 0.0)
+    inputs["head"][16:, 0] = offset
     inputs["states"].requires_grad_()
     results = []
     for backend in ("reference", "triton"):
         got = draft_loss(**inputs, mix=Mix(kl=1, ce=0.1), rule="target", top_p=top_p, backend=backend)
         (grad,) = torch.autograd.grad(got.total, inputs["states"])
         results.append([*(getattr(got, f) for f in FIELDS if f != "reverse_kl"), grad])
-    assert all(torch.equal(a, b) or relative_error(b, a) < 2e-6 for a, b in zip(*results, strict=True))
-    assert all(x.isfinite().all() for x in results[1])
+    want = _oracle(inputs, "target", top_p=top_p)
+    exact = [*(want[f] for f in FIELDS if f != "reverse_kl")]
+    for values in results:
+        # logits of 100 are less exact than others
+        assert all(relative_error(a, b) < (3e-5 if offset > 0 else 2e-6) for a, b in zip(values, exact, strict=False))
+    assert relative_error(results[1][-1], results[0][-1]) < (3e-4 if offset > 0 else 5e-6)
 
 
 def test_weights_of_end_to_end_tv() -> None:
