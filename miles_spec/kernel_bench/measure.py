@@ -33,6 +33,8 @@ TURNS = 9
 LONG_MS = 100.0
 """From this time on a call takes `LEAST_TURNS`."""
 LEAST_TURNS = 3
+ENDLESS_MS = 1000.0
+"""From this time on one, after one warm-up."""
 LOAD_MS = 40.0
 AHEAD_MS = 3.0
 """The end of the load, which the host does not wait for."""
@@ -76,10 +78,12 @@ class Meter:
         host: dict[str, float] = {}
         turns: dict[str, int] = {}
         for name, call in calls.items():
-            alone = [self._alone(call) for _ in range(WARM_UP)]
+            alone = [self._alone(call)]
             # the slowest rank's, so that all ranks take equally many turns
+            endless = self.largest(alone[0][1]) >= ENDLESS_MS
+            alone += [self._alone(call) for _ in range(0 if endless else WARM_UP - 1)]
             host[name], done = (self.largest(statistics.median(x)) for x in zip(*alone, strict=True))
-            turns[name] = TURNS if done < LONG_MS else LEAST_TURNS
+            turns[name] = 1 if endless else TURNS if done < LONG_MS else LEAST_TURNS
         samples: dict[str, list[float]] = {name: [] for name in calls}
         order = random.Random(0)
         while waiting := [name for name in calls if len(samples[name]) < turns[name]]:
@@ -88,7 +92,7 @@ class Meter:
                 samples[name].append(self._turn(calls[name]))
         found = {}
         for name, taken in samples.items():
-            low, ms, high = statistics.quantiles(taken, n=4, method="inclusive")
+            low, ms, high = statistics.quantiles(taken, n=4, method="inclusive") if len(taken) > 1 else taken * 3
             found[name] = Time(
                 ms=self.largest(ms),
                 spread=self.largest((high - low) / ms),

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from miles_spec.kernel_bench.contests import CPU, GPU, TINY, Contest, Entry, Setting, Sizes
 from miles_spec.kernel_bench.losses import draft_loss_contests, logprob_contests
-from miles_spec.kernel_bench.measure import Call, Meter
+from miles_spec.kernel_bench.measure import ENDLESS_MS, Call, Meter
 from miles_spec.kernel_bench.packs import attention_contests, shift_contests
 from miles_spec.kernels.backend import interpreted, triton
 from miles_spec.provenance import check, write_result
@@ -194,7 +194,7 @@ def settle(contest: Contest, meter: Meter | None, setting: Setting) -> list[Row]
     for name, time in meter.times(calls).items():
         peak = meter.peak_gib(calls[name])
         rows[name] = replace(rows[name], ms=time.ms, spread=time.spread, host_ms=time.host_ms, peak_gib=peak)
-        if contest.count:
+        if contest.count and time.ms < ENDLESS_MS:
             launches, syncs = meter.launches(calls[name]), meter.syncs(calls[name])
             rows[name] = replace(rows[name], launches=launches, syncs=syncs)
     best = min((r.ms for r in rows.values() if r.kind == "peer" and r.ms), default=None)

@@ -36,14 +36,17 @@ def test_order_changes_from_round_to_round() -> None:
 
 def test_long_calls_take_few_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "LONG_MS", 10.0)
+    monkeypatch.setattr(measure, "ENDLESS_MS", 60.0)
     calls: Counter[str] = Counter()
 
     def call(name: str, seconds: float) -> None:
         calls[name] += 1
         time.sleep(seconds)
 
-    Meter(CPU).times({"long": lambda: call("long", 0.015), "short": lambda: call("short", 0)})
-    assert calls == {"long": WARM_UP + LEAST_TURNS, "short": WARM_UP + TURNS}
+    seconds = {"endless": 0.08, "long": 0.015, "short": 0}
+    found = Meter(CPU).times({name: lambda name=name: call(name, seconds[name]) for name in seconds})
+    assert calls == {"endless": 1 + 1, "long": WARM_UP + LEAST_TURNS, "short": WARM_UP + TURNS}
+    assert found["endless"].ms > 60 and found["endless"].spread == 0
 
 
 def test_median_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:

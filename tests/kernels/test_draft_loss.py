@@ -391,7 +391,7 @@ def test_shards_of_the_vocabulary_give_what_the_whole_does(
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 @pytest.mark.parametrize("offset", [0.0, 100.0, -90.0])  # nats from the label's part to the others
 def test_parts_of_the_vocabulary_merge(top_p: float, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four programs to a row. With an offset the sums of three of them overflow unless they are taken anew, or vanish."""
+    """Four programs to a row. With an offset the sums of three overflow unless they are taken anew, or vanish."""
     monkeypatch.setattr(sweeps_triton, "PART", 16)
     inputs = _inputs(9)
     inputs["labels"] = torch.full((9,), 3)
