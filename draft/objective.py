@@ -86,7 +86,7 @@ def objective(
         teacher_rows=(read.cumsum(0) - 1)[teacher],
         teacher_lse=extend(lse.detach(), layout)[teacher],
         label_logprob=extend(logprobs.detach(), layout)[teacher],
-        chain=depths if share else None,
+        chain=depths,
         depth=depth,
     )
 

@@ -27,7 +27,7 @@ of a chunk, `D` depths.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 from miles_spec.kernels.backend import Backend, use_triton
 from miles_spec.kernels.linear import add_product, autocast_inputs, no_autocast, vocab_range
 from miles_spec.kernels.sweeps import Stats, Sweeps
-from miles_spec.kernels.sweeps_triton import label_logits
+from miles_spec.kernels.sweeps_triton import ALIGN, label_logits
 
 if TYPE_CHECKING:
     from miles_spec.types import VerifyRule
@@ -119,12 +119,12 @@ def draft_loss(
     `labels` int64 in the draft's vocabulary, -1 outside; `teacher_rows` int64 into `teacher_hidden`, left out for row
     `i`; `teacher_lse` float32, log-sum-exp of the target's tempered logits over its full vocabulary, left out if that
     is the draft's; `label_logprob` float32, the target's log-probability of the realised token, left out likewise;
-    `weights` float32 factors of the row's loss. Rows that lie close should read teacher rows that lie close: a chunk
-    makes the logits of each once, so the depths of a block share them.
+    `weights` float32 factors of the row's loss.
 
-    `chain` `[n]` int64 below `depth` turns TV into end-to-end TV: the rows of one drafted block lie side by side and
-    `chain` counts them from 0; a row's TV is then weighted by the derivative of the block's expected accepted tokens
-    in the row's acceptance (`end_to_end_weights`).
+    `chain` `[n]` int64 below `depth` says that the rows of one drafted block lie side by side, and counts them from 0.
+    TV is then end-to-end TV: a row's is weighted by the derivative of the block's expected accepted tokens in its
+    acceptance (`end_to_end_weights`). And where blocks lie in the order of their teachers, the logits of a teacher row
+    are made once for all depths, `2 + 1 / depth` products in place of three.
 
     `top_p` below 1 truncates the target to the fewest tokens that hold that much probability, as a rollout with it
     samples; ties at the border stay in. It needs the full vocabulary, so `teacher_lse` must be left out.
@@ -229,10 +229,11 @@ class _DraftLoss(torch.autograd.Function):
             d_states = torch.empty_like(states) if job.rows is None else torch.zeros_like(states)
         if job.grad_head:
             d_head = torch.zeros_like(head, dtype=torch.float32)
-        work = _Work(states, head, job)
+        parts = _parts(job)
+        work = _Work(states, head, job, parts)
         with no_autocast(states):
-            for part, window in _parts(job):
-                work.run(part, window, d_states, d_head)
+            for part in parts:
+                work.run(part, d_states, d_head)
         if d_states is not None and job.group is not None:
             wide = d_states.float()  # the ranks' shares are added in float32
             dist.all_reduce(wide, group=job.group)
@@ -261,13 +262,13 @@ class _DraftLoss(torch.autograd.Function):
 class _Work:
     """The memory of a chunk, what is done with it, and what is kept of every row."""
 
-    def __init__(self, states: Tensor, head: Tensor, job: _Job) -> None:
+    def __init__(self, states: Tensor, head: Tensor, job: _Job, parts: Sequence[_Part]) -> None:
         self._states, self._head, self._job = states, head, job
         self._first, _ = vocab_range(head.shape[0], job.group)
+        columns = [(self._whole(p.columns), p.window or self._whole(p.columns)) for p in parts]
+        widest = (max(sizes) for sizes in zip(*columns, strict=True)) if parts else (0, 0)
+        self._draft, self._target = (states.new_empty(size * head.shape[0]) for size in widest)
         count = job.labels.shape[0]
-        # a chunk ends with a block, so it may be a little longer
-        columns = self._whole(min(count, job.chunk_rows + job.depth - 1))
-        self._draft, self._target = (states.new_empty(columns * head.shape[0]) for _ in range(2))
         self._stats = Stats.empty(count, states)
         self._known = job.labels >= 0
         self._lse_t, self._overlap = states.new_empty(2, count, dtype=torch.float32)
@@ -275,44 +276,58 @@ class _Work:
         self._factors = torch.stack([weights * x for x in _weights(job.mix)])
         self._factors[0] *= self._known
 
-    def run(self, part: slice, window: slice | None, d_states: Tensor | None, d_head: Tensor | None) -> None:
-        """Statistics and gradients of the counting rows `part`, whose teachers are the rows `window` or, without one,
-        each its own."""
-        job = self._job
-        x = self._take(self._states, part if job.rows is None else job.rows[part])
-        sweeps, shift = self._logits(part, window, x)
-        stats, lse_t = self._stats.part(part), self._lse_t[part]
-        sweeps.stats(stats, job.group)
+    def run(self, part: _Part, d_states: Tensor | None, d_head: Tensor | None) -> None:
+        """Statistics and gradients of the counting rows of `part`."""
+        job, rows = self._job, part.rows
+        slots = self._slots(part)
+        x = self._take(self._states, rows if job.rows is None else job.rows[rows], slots, part.columns)
+        sweeps, shift = self._logits(part, slots, x)
+        stats, lse_t = self._stats.part(rows), self._lse_t[rows]
+        wide = stats if slots is None else Stats.empty(part.columns, x)
+        sweeps.stats(wide, job.group)
         if job.top_p < 1:
-            sweeps.border = _nucleus(sweeps, stats.lse_t, job)
-            sweeps.stats(stats, job.group)
+            sweeps.border = _nucleus(sweeps, wide.lse_t, job)
+            sweeps.stats(wide, job.group)
+        if slots is not None:
+            stats.values.copy_(wide.values[:, slots])
+            stats.ids.copy_(wide.ids[:, slots])
         if job.teacher_lse is None:
             lse_t.copy_(stats.lse_t)
         else:
-            torch.sub(job.teacher_lse[part], shift, out=lse_t)
+            torch.sub(job.teacher_lse[rows], shift, out=lse_t)
+
+        def spread(values: Tensor) -> Tensor:
+            """`[.., columns]` from `[.., C]`, 0 in slots that no row has."""
+            if slots is None:
+                return values
+            return values.new_zeros(*values.shape[:-1], part.columns).index_copy_(-1, slots, values)
+
+        def collect(values: Tensor) -> Tensor:
+            """`[.., C]` from `[.., columns]`, summed over ranks."""
+            return self._everywhere(values if slots is None else values[..., slots])
 
         grad, tv = d_states is not None or d_head is not None, job.mix.tv != 0
+        lse = spread(lse_t)
         moved = None
         if not grad or (tv and job.rule == "rejection"):
-            overlap, moved = self._everywhere(sweeps.overlap(stats.lse_z, lse_t))
-            self._overlap[part] = overlap
+            self._overlap[rows], moved = collect(sweeps.overlap(wide.lse_z, lse))
         if tv:
-            accept = self._accept(part)
+            accept = self._accept(rows)
             if job.chain is not None:
-                self._factors[3, part] *= _by_block(accept, job.chain[part], job.depth)
+                self._factors[3, rows] *= _by_block(accept, job.chain[rows], job.depth)
             summed = moved if job.rule == "rejection" else accept
         if grad:
             least = sweeps.gradient(
-                stats,
-                lse_t,
-                self._factors[:, part] * job.scale,
-                summed if tv else None,
+                wide,
+                lse,
+                spread(self._factors[:, rows] * job.scale),
+                spread(summed) if tv and summed is not None else None,
                 job.rule,
                 reverse=job.mix.reverse_kl != 0,
             )
             if moved is None:
-                self._overlap[part] = self._everywhere(least)
-            self._gradients(sweeps.z, part, x, d_states, d_head)
+                self._overlap[rows] = collect(least)
+            self._gradients(sweeps.z, part, slots, x, d_states, d_head)
 
     def results(self) -> tuple[Tensor, ...]:
         """The total, then the fields of `DraftLoss`."""
@@ -351,27 +366,40 @@ class _Work:
             return s.product * (s.lse_t - self._lse_t[part]).exp()
         return (s.z_at_best_t - s.lse_z).exp()
 
-    def _logits(self, part: slice, window: slice | None, x: Tensor) -> tuple[Sweeps, Tensor | float]:
+    def _slots(self, part: _Part) -> Tensor | None:
+        """`[C]` the columns of the rows, those of one depth side by side in the order of their teachers, so that the
+        target's columns come round again after each depth; None where row `i` is column `i`."""
+        job = self._job
+        if part.window is None:
+            return None
+        assert job.chain is not None and job.teacher_rows is not None
+        return job.chain[part.rows] * part.window + job.teacher_rows[part.rows] - part.low
+
+    def _logits(self, part: _Part, slots: Tensor | None, x: Tensor) -> tuple[Sweeps, Tensor]:
         """Both blocks of logits, and what the target's were lessened by, tempered, for each row `[C]`."""
         job = self._job
-        labels = job.labels[part]
+        labels = job.labels[part.rows]
         if job.group is not None:
             labels = labels - self._first
             labels = torch.where((labels >= 0) & (labels < self._head.shape[0]), labels, -1)
-        z, _ = self._shifted(x, self._head.detach(), labels, self._draft)
-        columns = None
-        if window is None:
-            teacher = self._take(job.teacher, part if job.teacher_rows is None else job.teacher_rows[part])
-            teacher_labels = labels
+        own = labels if slots is None else labels.new_full((part.columns,), -1).index_copy_(0, slots, labels)
+        z, _ = self._shifted(x, self._head.detach(), own, self._draft)
+        if slots is None:
+            source = part.rows if job.teacher_rows is None else job.teacher_rows[part.rows]
+            teacher = self._take(job.teacher, source, None, part.columns)
+            t, shift = self._shifted(teacher, job.teacher_head, labels, self._target)
+            shift = shift[: part.columns]
         else:
-            assert job.teacher_rows is not None
-            columns = job.teacher_rows[part] - window.start
-            teacher = self._take(job.teacher, window)
+            assert part.window is not None and job.teacher_rows is not None
+            column = job.teacher_rows[part.rows] - part.low
             # the same token for every row of one teacher; any choice would do
-            teacher_labels = labels.new_full((window.stop - window.start,), -1).index_copy_(0, columns, labels)
-        t, shift = self._shifted(teacher, job.teacher_head, teacher_labels, self._target)
-        shift = shift[: len(labels)] if columns is None else shift[columns]
-        sweeps = Sweeps(z, t, labels, scale=job.scale, columns=columns, first=self._first, triton=job.triton)
+            theirs = labels.new_full((part.window,), -1).index_copy_(0, column, labels)
+            teacher = job.teacher[part.low : part.low + part.window]
+            missing = part.window - len(teacher)
+            teacher = torch.cat([teacher, teacher.new_zeros(missing, teacher.shape[1])]) if missing else teacher
+            t, shift = self._shifted(teacher, job.teacher_head, theirs, self._target)
+            shift = shift[column]
+        sweeps = Sweeps(z, t, own, scale=job.scale, first=self._first, triton=job.triton)
         return sweeps, shift * job.scale
 
     def _shifted(self, x: Tensor, head: Tensor | None, labels: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -395,20 +423,18 @@ class _Work:
             torch.addmm(-shift, head, x.T, out=out)
         return out, shift.float()
 
-    def _take(self, source: Tensor, rows: slice | Tensor) -> Tensor:
-        """`source[rows]`, with rows of no meaning after it where there are too few for whole tiles."""
-        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-        columns = self._whole(count)
-        if isinstance(rows, slice) and columns == count:
+    def _take(self, source: Tensor, rows: slice | Tensor, slots: Tensor | None, columns: int) -> Tensor:
+        """`source[rows]`, in their slots, with zeros where no row is and up to whole tiles."""
+        size = self._whole(columns)
+        if slots is None and isinstance(rows, slice) and size == columns:
             return source[rows]
-        out = source.new_empty(columns, source.shape[1])
-        out[:count] = source[rows]
-        out[count:] = 0
+        out = source.new_zeros(size, source.shape[1])
+        out[slice(columns) if slots is None else slots] = source[rows]
         return out
 
     def _whole(self, columns: int) -> int:
-        """Columns in memory: a product whose rows start at odd addresses is many times slower on a GPU."""
-        return -(-columns // _ALIGN) * _ALIGN if self._job.triton else columns
+        """Columns in memory: on a GPU a multiple of what matrix products like."""
+        return -(-columns // (ALIGN // 2)) * (ALIGN // 2) if self._job.triton else columns
 
     def _everywhere(self, values: Tensor) -> Tensor:
         """The sum over ranks, in place."""
@@ -417,47 +443,81 @@ class _Work:
         return values
 
     def _gradients(
-        self, d_logits: Tensor, part: slice, x: Tensor, d_states: Tensor | None, d_head: Tensor | None
+        self,
+        d_logits: Tensor,
+        part: _Part,
+        slots: Tensor | None,
+        x: Tensor,
+        d_states: Tensor | None,
+        d_head: Tensor | None,
     ) -> None:
-        rows, count = self._job.rows, part.stop - part.start
+        rows = part.rows if self._job.rows is None else self._job.rows[part.rows]
+        columns = slice(part.columns) if slots is None else slots
         if d_states is not None:
-            if rows is None and len(x) == count:
-                torch.mm(d_logits.T, self._head, out=d_states[part])
+            if isinstance(rows, slice) and slots is None and len(x) == part.columns:
+                torch.mm(d_logits.T, self._head, out=d_states[rows])
             else:
-                d_states[part if rows is None else rows[part]] = torch.mm(d_logits.T, self._head)[:count]
+                d_states[rows] = torch.mm(d_logits.T, self._head)[columns]
         if d_head is not None:
-            add_product(d_head, d_logits[:, :count], x[:count], first=False)
+            # of slots without a row the gradient is 0
+            add_product(d_head, d_logits[:, : part.columns], x[: part.columns], first=False)
 
 
 def _weights(mix: Mix) -> tuple[float, float, float, float]:
     return mix.ce, mix.kl, mix.reverse_kl, mix.tv
 
 
-def _parts(job: _Job) -> Iterator[tuple[slice, slice | None]]:
-    """Chunks of counting rows, none of which splits a block, each with the window of teacher rows that it reads, or
-    None if its rows shall read one each. Copies to the host at most twice: ends of blocks, and shared teachers."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A chunk of counting rows."""
+
+    rows: slice
+    columns: int
+    """Of its block of draft logits."""
+    low: int = 0
+    """First of the teacher rows that its rows share."""
+    window: int | None = None
+    """How many columns their logits have; None if each row reads one of its own."""
+
+
+def _parts(job: _Job) -> list[_Part]:
+    """Chunks of counting rows, none of which splits a block. Copies to the host at most twice: ends of blocks, and
+    shared teachers."""
     count = job.labels.shape[0]
     if not count:
-        return
+        return []
     pieces = -(-count // job.chunk_rows)
     size = -(-count // pieces)
     size = min(job.chunk_rows, -(-size // _ROUND) * _ROUND)
     ends = list(range(size, count, size))
-    device = job.labels.device
     if ends and job.chain is not None:
-        row = torch.arange(count, device=device)
+        row = torch.arange(count, device=job.labels.device)
         starts = torch.where(job.chain == 0, row, count).flip(0).cummin(0).values.flip(0)
         ends = starts[size::size].tolist()
-    bounds = [0, *ends, count]
-    parts = [slice(a, b) for a, b in pairwise(bounds) if a < b]
-    if job.teacher_rows is None:
-        yield from ((part, None) for part in parts)
-        return
-    edges = [torch.stack([f(job.teacher_rows[part]) for f in (torch.amin, torch.amax)]) for part in parts]
-    for part, (low, high) in zip(parts, torch.stack(edges).tolist(), strict=True):
-        # a window wider than its rows would cost more than it saves, and more memory than there is
-        shared = high + 1 - low < part.stop - part.start
-        yield part, slice(low, high + 1) if shared else None
+    parts = [slice(a, b) for a, b in pairwise([0, *ends, count]) if a < b]
+    if job.teacher_rows is None or job.chain is None or job.depth == 1:
+        return [_Part(rows=rows, columns=rows.stop - rows.start) for rows in parts]
+    align = ALIGN if job.triton else 1
+    edges = torch.stack([_edges(job.teacher_rows[rows], job.chain[rows]) for rows in parts]).tolist()
+    return [
+        _part(rows, low, high, unique, job.depth, align) for rows, (low, high, unique) in zip(parts, edges, strict=True)
+    ]
+
+
+def _part(rows: slice, low: int, high: int, unique: int, depth: int, align: int) -> _Part:
+    """With shared teachers, if that costs less: a column for each depth and teacher, whether a row has it or not."""
+    count = rows.stop - rows.start
+    window = -(-(high + 1 - low) // align) * align
+    if unique and window * (2 * depth + 1) < 3 * count:
+        return _Part(rows=rows, columns=depth * window, low=low, window=window)
+    return _Part(rows=rows, columns=count)
+
+
+def _edges(teacher_rows: Tensor, chain: Tensor) -> Tensor:
+    """`[3]`: the least and the largest of `teacher_rows` `[C]`, and 1 if no two rows of one depth share one, else 0."""
+    key = (chain * (teacher_rows.amax() + 1) + teacher_rows).sort().values
+    unique = (key[1:] != key[:-1]).all()
+    return torch.stack([teacher_rows.amin(), teacher_rows.amax(), unique])
 
 
 def _nucleus(sweeps: Sweeps, lse_t: Tensor, job: _Job) -> Tensor:
@@ -490,8 +550,6 @@ def _by_block(accept: Tensor, chain: Tensor, depth: int) -> Tensor:
 
 _ROUND = 256
 """Chunks are multiples of this, where they can be: matrix products like whole tiles."""
-_ALIGN = 64
-"""Columns in a GPU's memory are multiples of this."""
 _CHUNK_BYTES = 1280 * 2**20
 """Memory for both blocks of logits on a GPU."""
 

@@ -7,7 +7,7 @@ Invariant: sums are in float32 whatever the logits are, and all of an output is 
 
 The parts of a `stats` (slices of the vocabulary, ranks of a tensor-parallel group) merge exactly in any order.
 
-Dimensions: `V` vocabulary of this rank, `n` rows, `m` teacher rows, `P` parts.
+Dimensions: `V` vocabulary of this rank, `n` rows, `m` columns of the target, `P` parts.
 """
 
 from __future__ import annotations
@@ -103,14 +103,12 @@ class Stats:
 class Sweeps:
     """Two blocks of logits and what is asked of them."""
 
-    def __init__(
-        self, z: Tensor, t: Tensor, labels: Tensor, *, scale: float, columns: Tensor | None, first: int, triton: bool
-    ) -> None:
-        """`z` `[V, >= n]` of the draft, `t` `[V, >= m]` of the target, contiguous, one dtype; what lies in columns
-        beyond `n` is neither used nor changed. `columns` `[n]` int64 is the column of `t` that a row reads, row `i`
-        column `i` without it; `labels` `[n]` int64, below 0 for none here; `scale` is one over the temperature; `first`
+    def __init__(self, z: Tensor, t: Tensor, labels: Tensor, *, scale: float, first: int, triton: bool) -> None:
+        """`z` `[V, >= n]` of the draft, `t` `[V, m]` of the target, contiguous, one dtype; what lies in columns of `z`
+        beyond `n` is neither used nor changed. Row `i` reads column `i % m` of `t`; for Triton an `m` below `n` must be
+        a multiple of `ALIGN`. `labels` `[n]` int64, below 0 for none here; `scale` is one over the temperature; `first`
         the id of this rank's first token."""
-        self.z, self.t, self.labels, self.scale, self.columns, self.first = z, t, labels, scale, columns, first
+        self.z, self.t, self.labels, self.scale, self.first = z, t, labels, scale, first
         self.border: Tensor | None = None
         """`[n]` float32: target logits below it, before scaling, have no probability; None for no border."""
         self._triton = triton
@@ -161,19 +159,19 @@ class Sweeps:
     def mass_above(self, border: Tensor, lse_t: Tensor) -> Tensor:
         """`[n]`: the target's probability of tokens whose logit, before scaling, is `border` `[n]` or more."""
         if self._triton:
-            return fast.mass_above(self.t, self.columns, border, lse_t, self._log2).sum(0)
+            return fast.mass_above(self.t, border, lse_t, self._log2).sum(0)
         _, t = self._float()
         return torch.where(t >= border * self.scale, (t - lse_t).exp_(), 0).sum(0)
 
     def _float(self) -> tuple[Tensor, Tensor]:
         """Both blocks tempered in float32, a teacher column for every row, the border applied."""
         count = len(self.labels)
-        t = self.t[:, :count] if self.columns is None else self.t.index_select(1, self.columns)
-        z, t = self.z[:, :count].float() * self.scale, t.float() * self.scale
+        z, t = (x[:, :count].float() * self.scale for x in (self.z, self.t))
+        t = t.repeat(1, -(-count // t.shape[1]))[:, :count]
         return z, t if self.border is None else t.masked_fill(t < self.border * self.scale, NEGATIVE)
 
-    def _blocks(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self.z, self.t, self.columns, self.border
+    def _blocks(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.z, self.t, self.border
 
 
 def _merge(parts: Tensor, values: Tensor, ids: Tensor) -> None:

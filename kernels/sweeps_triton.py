@@ -21,6 +21,9 @@ in the table so far."""
 WARPS, STAGES = 4, 4
 PART = 2048
 """Vocabulary of one program."""
+ALIGN = 128
+"""Columns that rows share must be multiples of this, the widest tile; and columns in memory of half of it, for the sake
+of matrix products, which are many times slower where rows start at odd addresses."""
 
 
 @jit
@@ -37,13 +40,13 @@ def _load(z_ptr, t_ptr, ids, cols, t_cols, n, w, u, border, scale, V, BORDER: tl
 
 
 @jit
-def _columns(columns_ptr, border_ptr, n, SHARED: tl.constexpr, BORDER: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's rows, whether they exist, the target's columns that they read, and their borders."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+def _columns(border_ptr, n, u, BORDER: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's rows, whether they exist, the target's columns that they read, and their borders. The target's
+    columns come round again after `u`, which is a multiple of the block, or more than there are rows."""
+    first = tl.program_id(0) * BLOCK_N
+    cols = first + tl.arange(0, BLOCK_N)
     inside = cols < n
-    t_cols = cols.to(tl.int64)
-    if SHARED:
-        t_cols = tl.load(columns_ptr + cols, mask=inside, other=0)
+    t_cols = first % u + tl.arange(0, BLOCK_N)
     border = cols.to(tl.float32)
     if BORDER:
         border = tl.load(border_ptr + cols, mask=inside, other=0.0)
@@ -110,7 +113,6 @@ def _sums(  # type: ignore[no-untyped-def]
 def _stats_kernel(  # type: ignore[no-untyped-def]
     z_ptr,
     t_ptr,
-    columns_ptr,
     border_ptr,
     labels_ptr,
     out_ptr,
@@ -120,14 +122,13 @@ def _stats_kernel(  # type: ignore[no-untyped-def]
     u,
     scale,
     first,
-    SHARED: tl.constexpr,
     BORDER: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    cols, inside, t_cols, border = _columns(columns_ptr, border_ptr, n, SHARED, BORDER, BLOCK_N)
+    cols, inside, t_cols, border = _columns(border_ptr, n, u, BORDER, BLOCK_N)
     start = tl.program_id(1) * PART
     ref_z = tl.zeros([BLOCK_N], tl.float32)
     ref_t = tl.zeros([BLOCK_N], tl.float32)
@@ -270,7 +271,6 @@ def _merge_kernel(parts_ptr, out_ptr, ids_ptr, P, n, out_step, ids_step, BLOCK_N
 def _overlap_kernel(  # type: ignore[no-untyped-def]
     z_ptr,
     t_ptr,
-    columns_ptr,
     border_ptr,
     lse_z_ptr,
     lse_t_ptr,
@@ -280,14 +280,13 @@ def _overlap_kernel(  # type: ignore[no-untyped-def]
     w,
     u,
     scale,
-    SHARED: tl.constexpr,
     BORDER: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    cols, inside, t_cols, border = _columns(columns_ptr, border_ptr, n, SHARED, BORDER, BLOCK_N)
+    cols, inside, t_cols, border = _columns(border_ptr, n, u, BORDER, BLOCK_N)
     start = tl.program_id(1) * PART
     log2e = 1.4426950408889634
     lse_z = tl.load(lse_z_ptr + cols, mask=inside, other=0.0) * log2e
@@ -311,7 +310,6 @@ def _overlap_kernel(  # type: ignore[no-untyped-def]
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     z_ptr,
     t_ptr,
-    columns_ptr,
     border_ptr,
     labels_ptr,
     values_ptr,
@@ -331,14 +329,13 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     factors_step,
     REVERSE: tl.constexpr,
     RULE: tl.constexpr,
-    SHARED: tl.constexpr,
     BORDER: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    cols, inside, t_cols, border = _columns(columns_ptr, border_ptr, n, SHARED, BORDER, BLOCK_N)
+    cols, inside, t_cols, border = _columns(border_ptr, n, u, BORDER, BLOCK_N)
     start = tl.program_id(1) * PART
     log2e, ln2 = 1.4426950408889634, 0.6931471805599453
     lse_z = tl.load(values_ptr + cols, mask=inside, other=0.0) * log2e
@@ -379,7 +376,6 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
 @jit
 def _mass_kernel(  # type: ignore[no-untyped-def]
     t_ptr,
-    columns_ptr,
     border_ptr,
     lse_t_ptr,
     out_ptr,
@@ -387,13 +383,12 @@ def _mass_kernel(  # type: ignore[no-untyped-def]
     n,
     u,
     scale,
-    SHARED: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    cols, inside, t_cols, border = _columns(columns_ptr, border_ptr, n, SHARED, True, BLOCK_N)
+    cols, inside, t_cols, border = _columns(border_ptr, n, u, True, BLOCK_N)
     start = tl.program_id(1) * PART
     lse_t = tl.load(lse_t_ptr + cols, mask=inside, other=0.0) * 1.4426950408889634
     mass = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
@@ -419,12 +414,10 @@ def _label_kernel(x_ptr, head_ptr, labels_ptr, out_ptr, n, H, BLOCK: tl.constexp
     tl.store(out_ptr + row, tl.sum(total, 0))
 
 
-def stats(
-    z: Tensor, t: Tensor, columns: Tensor | None, border: Tensor | None, labels: Tensor, scale: float, first: int
-) -> Tensor:
+def stats(z: Tensor, t: Tensor, border: Tensor | None, labels: Tensor, scale: float, first: int) -> Tensor:
     """`[P, 16, n]` of `sweeps.PARTIAL`."""
     out = _output(z, 16, labels)
-    _launch(_stats_kernel, "stats", z, t, columns, border, labels, out, *_sizes(z, t, labels), scale, first)
+    _launch(_stats_kernel, "stats", z, t, border, labels, out, *_sizes(z, t, labels), scale, first)
     return out
 
 
@@ -439,7 +432,6 @@ def merge(parts: Tensor, values: Tensor, ids: Tensor) -> None:
 def overlap(
     z: Tensor,
     t: Tensor,
-    columns: Tensor | None,
     border: Tensor | None,
     lse_z: Tensor,
     lse_t: Tensor,
@@ -447,14 +439,13 @@ def overlap(
 ) -> Tensor:
     """`[P, 2, n]`; see `Sweeps.overlap`."""
     out = _output(z, 2, lse_z)
-    _launch(_overlap_kernel, "overlap", z, t, columns, border, lse_z, lse_t, out, *_sizes(z, t, lse_z), scale)
+    _launch(_overlap_kernel, "overlap", z, t, border, lse_z, lse_t, out, *_sizes(z, t, lse_z), scale)
     return out
 
 
 def gradient(
     z: Tensor,
     t: Tensor,
-    columns: Tensor | None,
     border: Tensor | None,
     labels: Tensor,
     values: Tensor,
@@ -470,20 +461,19 @@ def gradient(
     """`[P, n]`; see `Sweeps.gradient`. `rule` counts from 1, 0 is no tv."""
     out = _output(z, 1, labels)[:, 0]
     steps = values.stride(0), ids.stride(0), factors.stride(0)
-    tensors = z, t, columns, border, labels, values, ids, lse_t, factors, summed, out
+    tensors = z, t, border, labels, values, ids, lse_t, factors, summed, out
     _launch(
         _gradient_kernel, "gradient", *tensors, *_sizes(z, t, labels), scale, first, *steps, REVERSE=reverse, RULE=rule
     )
     return out
 
 
-def mass_above(t: Tensor, columns: Tensor | None, border: Tensor, lse_t: Tensor, scale: float) -> Tensor:
+def mass_above(t: Tensor, border: Tensor, lse_t: Tensor, scale: float) -> Tensor:
     """`[P, n]`; see `Sweeps.mass_above`."""
     out = _output(t, 1, lse_t)[:, 0]
     sizes = t.shape[0], len(lse_t), t.shape[1]
     grid, shape = _shape("mass", t, lse_t)
-    columns_or_any = lse_t if columns is None else columns
-    _mass_kernel[grid](t, columns_or_any, border, lse_t, out, *sizes, scale, SHARED=columns is not None, **shape)
+    _mass_kernel[grid](t, border, lse_t, out, *sizes, scale, **shape)
     return out
 
 
@@ -513,14 +503,12 @@ def _launch(
     name: str,
     z: Tensor,
     t: Tensor,
-    columns: Tensor | None,
     border: Tensor | None,
     *arguments: Any,
     **constants: Any,
 ) -> None:
     """Of a kernel whose first argument after these holds a number per row."""
     grid, shape = _shape(name, z, arguments[0])
-    flags = {"SHARED": columns is not None, "BORDER": border is not None}
-    # what a flag says is not there is not read: any pointer does
-    optional = (z if x is None else x for x in (columns, border))
-    kernel[grid](z, t, *optional, *arguments, **constants, **flags, **shape)
+    # without a border there is nothing to read: any pointer does
+    tensors = z, t, z if border is None else border
+    kernel[grid](*tensors, *arguments, BORDER=border is not None, **constants, **shape)

@@ -126,41 +126,71 @@ def loss_truths(rows: _Rows, teacher_rows: Tensor) -> dict[str, Truth]:
 
 
 def draft_loss_contests(setting: Setting) -> Iterator[Contest]:
-    """KL against the peers, ours with the other losses, and ours with fewer teacher rows or without a gradient."""
-    n = setting.sizes.rows
+    """At each shape: KL against the peers on rows that have a teacher each, and ours with the other losses or without a
+    gradient; then on the rows of drafted blocks, whose depths share their teachers, as training has them."""
     for vocabulary, size in setting.sizes.heads:
-        teacher = setting.randn(n, size, seed=2)
-        head = setting.randn(vocabulary, size, scale=SCALE * size**-0.5, seed=1)
-        states = (0.9 * teacher + 0.44 * setting.randn(n, size, seed=3)).requires_grad_()
-        index = torch.arange(n, device=setting.device)
-        few = teacher[: -(-n // BLOCK)].contiguous()
-        rows = _Rows(states, head, teacher, sampled(teacher, head))
-        fewer = _Rows(states, head, few, sampled(few[index // BLOCK], head))
-        truths, fewer_truths = loss_truths(rows, index), loss_truths(fewer, index // BLOCK)
-        entries = []
-        for name, mix in MIXES.items():
-            blocks: dict[str, Any] = {"chain": index % BLOCK, "depth": BLOCK} if mix == END_TO_END else {}
-            entries.append(_ours(setting, name, truths[name], mix, rows, **blocks))
-        shared: dict[str, Any] = {"teacher_rows": index // BLOCK, "floor": FEWER}
+        yield _separate_rows(setting, vocabulary, size)
+        yield _blocks(setting, vocabulary, size)
+
+
+def _separate_rows(setting: Setting, vocabulary: int, size: int) -> Contest:
+    n = setting.sizes.rows
+    teacher, head = _teacher(setting, n, vocabulary, size)
+    states = (0.9 * teacher + 0.44 * setting.randn(n, size, seed=3)).requires_grad_()
+    rows = _Rows(states, head, teacher, sampled(teacher, head))
+    truths = loss_truths(rows, torch.arange(n, device=setting.device))
+    kl = truths["kl"]
+    entries = [_ours(setting, name, truths[name], mix, rows) for name, mix in MIXES.items() if mix != END_TO_END]
+    entries += [_forward_only(setting, kl, rows), _kl_peer("torch, eager", peers.eager_kl, kl, rows)]
+    if setting.peers:
         entries += [
-            _ours(setting, f"kl, {BLOCK} rows to a teacher's", fewer_truths["kl"], MIXES["kl"], fewer, **shared),
-            _forward_only(setting, truths["kl"], rows),
-            _kl_peer("torch, eager", peers.eager_kl, truths["kl"], rows),
+            _kl_peer("torch.compile", peers.compiled_kl, kl, rows),
+            _kl_peer("flash-linear-attention, fused_kl_div", peers.fla_kl, kl, rows),
+            _kl_peer("Liger, fused_linear_jsd, beta 0", peers.liger_kl, kl, rows),
         ]
-        if setting.peers:
-            entries += [
-                _kl_peer("torch.compile", peers.compiled_kl, truths["kl"], rows),
-                _kl_peer("flash-linear-attention, fused_kl_div", peers.fla_kl, truths["kl"], rows),
-                _kl_peer("Liger, fused_linear_jsd, beta 0", peers.liger_kl, truths["kl"], rows),
-            ]
-        entries += _floors(rows)
-        yield Contest(
-            kernel="draft_loss",
-            case=f"N {n}, V {vocabulary}, H {size}, gradient of the states alone",
-            entries=entries,
-            tolerance=tolerance(setting),
-            figures={"V": vocabulary, "H": size},
-        )
+    return Contest(
+        kernel="draft_loss",
+        case=f"N {n}, V {vocabulary}, H {size}, gradient of the states alone",
+        entries=[*entries, *_floors(rows)],
+        tolerance=tolerance(setting),
+        figures={"V": vocabulary, "H": size},
+    )
+
+
+def _blocks(setting: Setting, vocabulary: int, size: int) -> Contest:
+    """A public kernel is given each row's teacher anew, since it can be told of no others."""
+    n = setting.sizes.rows
+    index = torch.arange(n, device=setting.device)
+    chain = index % BLOCK
+    teacher_rows = index // BLOCK + chain
+    few, head = _teacher(setting, int(teacher_rows.max()) + 1, vocabulary, size)
+    states = (0.9 * few[teacher_rows] + 0.44 * setting.randn(n, size, seed=3)).requires_grad_()
+    rows = _Rows(states, head, few, sampled(few, head)[teacher_rows])
+    truths = loss_truths(rows, teacher_rows)
+    shared: dict[str, Any] = {"teacher_rows": teacher_rows, "chain": chain, "depth": BLOCK, "floor": FEWER}
+    entries = [
+        _ours(setting, name, truths[name], MIXES[name], rows, **shared) for name in ("kl", "kl and end-to-end tv")
+    ]
+    anew = rows._replace(teacher=few[teacher_rows])
+    entries.append(_kl_peer("torch, eager", peers.eager_kl, truths["kl"], anew))
+    if setting.peers:
+        entries += [
+            _kl_peer("torch.compile", peers.compiled_kl, truths["kl"], anew),
+            _kl_peer("flash-linear-attention, fused_kl_div", peers.fla_kl, truths["kl"], anew),
+        ]
+    return Contest(
+        kernel="draft_loss",
+        case=f"N {n} in blocks of {BLOCK}, V {vocabulary}, H {size}",
+        entries=[*entries, *_floors(rows)],
+        tolerance=tolerance(setting),
+        figures={"V": vocabulary, "H": size, "depths": BLOCK},
+    )
+
+
+def _teacher(setting: Setting, rows: int, vocabulary: int, size: int) -> tuple[Tensor, Tensor]:
+    """The target's states `[rows, H]` and its head `[V, H]`."""
+    head = setting.randn(vocabulary, size, scale=SCALE * size**-0.5, seed=1)
+    return setting.randn(rows, size, seed=2), head
 
 
 def _ours(

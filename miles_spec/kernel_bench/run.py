@@ -272,7 +272,7 @@ def _cost_checks(row: Row, where: str) -> list[dict[str, Any]]:
     if row.kernel == "draft_loss" and row.over_peer is not None and row.peak_gib is not None:
         holds = row.over_peer >= OVER_PEER
         found.append(check(f"{where}, {row.name}, over the best peer", row.over_peer, f"at least {OVER_PEER}", holds))
-        limit = OVER_FLOOR.get(int(row.figures["H"]))
+        limit = None if "depths" in row.figures else OVER_FLOOR.get(int(row.figures["H"]))
         if limit is not None and row.over_floor is not None:
             holds = row.over_floor <= limit
             found.append(check(f"{where}, {row.name}, over the floor", row.over_floor, f"at most {limit}", holds))

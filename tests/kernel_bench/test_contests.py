@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -80,8 +81,9 @@ def test_every_gradient_of_the_attention_counts() -> None:
 
 
 def test_gradients_of_tv_may_be_coarser_in_half_precision() -> None:
-    ours = {e.name: e for e in next(losses.draft_loss_contests(tiny(torch.bfloat16))).entries if e.kind == "ours"}
-    coarse = {name for name, entry in ours.items() if entry.tolerance == (2e-3, 0.2)}
+    contests = itertools.islice(losses.draft_loss_contests(tiny(torch.bfloat16)), 2)
+    ours = [entry for contest in contests for entry in contest.entries if entry.kind == "ours"]
+    coarse = {entry.name for entry in ours if entry.tolerance == (2e-3, 0.2)}
     assert coarse == {"ours, tv", "ours, kl and end-to-end tv"}
     exact = next(losses.draft_loss_contests(tiny())).entries
     assert {e.tolerance for e in exact if e.kind == "ours"} <= {(1e-5, 1e-5), None}

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from distributed import Ranks
 from miles_spec.kernels import draft_loss as module
@@ -127,9 +128,12 @@ def test_gradient_by_finite_differences(rule: VerifyRule, mix: str) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("rule", RULES)
-def test_end_to_end_weights_of_blocks_that_share_teachers(backend: Any, rule: VerifyRule) -> None:
+@pytest.mark.parametrize(("repeat", "chunk_rows"), [(1, 5), (10, 150)])
+def test_end_to_end_weights_of_blocks_that_share_teachers(
+    backend: Any, rule: VerifyRule, repeat: int, chunk_rows: int
+) -> None:
     """Rows out of order among states, three of a block or fewer, chunks that would cut blocks in two."""
-    depths = [3, 3, 1, 2, 3, 3, 2]
+    depths = [3, 3, 1, 2, 3, 3, 2] * repeat
     chain = torch.cat([torch.arange(d) for d in depths])
     teacher_rows = torch.cat([torch.arange(d) + i for i, d in enumerate(depths)])
     n = len(chain)
@@ -154,7 +158,7 @@ def test_end_to_end_weights_of_blocks_that_share_teachers(backend: Any, rule: Ve
         mix=Mix(kl=0.3, tv=0.7),
         rule=rule,
         backend=backend,
-        chunk_rows=5,
+        chunk_rows=chunk_rows,
     )
     want = _oracle(full, rule)
     _compare(got, want, 1e-6)
@@ -163,12 +167,48 @@ def test_end_to_end_weights_of_blocks_that_share_teachers(backend: Any, rule: Ve
     for d in depths:
         weights += losses.block_weights(accepts[len(weights) : len(weights) + d])
     total = (0.3 * want["kl"] + 0.7 * torch.tensor(weights, dtype=torch.float64) * want["tv"]).sum()
-    assert abs(float(got.total.detach() - total.detach())) < 1e-5
+    assert abs(float(got.total.detach() - total.detach())) < 1e-5 * repeat
     (a,) = torch.autograd.grad(got.total, states)
     (b,) = torch.autograd.grad(total, want["states"])
     assert relative_error(a[rows], b) < 2e-6
     unread = torch.ones(n + 4, dtype=torch.bool).index_fill_(0, rows, False)
     assert torch.equal(a[unread], torch.zeros(4, HIDDEN))
+
+
+def _products(n: int, depth: int, chain: Tensor, teacher_rows: Tensor) -> float:
+    """Matrix products of `n` rows that a call takes."""
+    source = _inputs(n)
+    teacher = source["teacher_hidden"][: int(teacher_rows.max()) + 1]
+    rest = {"chain": chain, "depth": depth, "teacher_rows": teacher_rows}
+    with FlopCounterMode(display=False) as counter:
+        draft_loss(
+            source["states"].requires_grad_(),
+            source["head"],
+            teacher,
+            source["labels"],
+            mix=Mix(kl=1),
+            rule="target",
+            **rest,
+        )
+    return counter.get_total_flops() / (2 * n * FULL * HIDDEN)
+
+
+def test_depths_share_the_logits_of_a_teacher() -> None:
+    chain = torch.arange(3).repeat(40)
+    teacher_rows = torch.arange(40).repeat_interleave(3) + chain
+    assert _products(120, 3, chain, teacher_rows) == pytest.approx(2 + 1 / 3, rel=0.06)
+    # blocks of one row in a run with three depths: sharing would cost more
+    assert _products(40, 3, torch.zeros(40, dtype=torch.int64), torch.arange(40)) == 3
+
+
+def test_two_rows_of_one_depth_may_have_one_teacher() -> None:
+    """No draft makes such rows; still no row takes another's place."""
+    inputs = _inputs(6)
+    teacher_rows = torch.tensor([0, 1, 0, 1, 2, 3])
+    chain = torch.tensor([0, 1, 0, 1, 0, 1])
+    full = {**inputs, "teacher_hidden": inputs["teacher_hidden"][teacher_rows]}
+    got = draft_loss(**inputs, teacher_rows=teacher_rows, chain=chain, depth=2, mix=Mix(kl=1), rule="target")
+    _compare(got, _oracle(full, "target"), 1e-6)
 
 
 def test_teacher_rows_far_apart_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
