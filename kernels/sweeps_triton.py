@@ -46,7 +46,8 @@ def _columns(border_ptr, n, u, BORDER: tl.constexpr, BLOCK_N: tl.constexpr):  # 
     first = tl.program_id(0) * BLOCK_N
     cols = first + tl.arange(0, BLOCK_N)
     inside = cols < n
-    t_cols = first % u + tl.arange(0, BLOCK_N)
+    # told, since the compiler loses it in the remainder: without, loads are of two bytes
+    t_cols = tl.multiple_of(first % u, BLOCK_N) + tl.arange(0, BLOCK_N)
     border = cols.to(tl.float32)
     if BORDER:
         border = tl.load(border_ptr + cols, mask=inside, other=0.0)
