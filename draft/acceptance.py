@@ -25,13 +25,14 @@ def estimate(accept: Tensor, mask: Tensor, layout: PackedLayout) -> SpecEstimate
     A block at row `t` accepts `a` tokens with `P(a >= j) = prod_{d <= j} accept[d, t]`, and the next one starts at
     `t + 1 + a`: a renewal process. The first block of each run of rows with `mask[0]` starts at the run's first row; a
     row's expected visits add up to the verify steps. Where `accept` is 0 or 1 (rules `greedy` and `target`) this is a
-    count, else the expectation over the draft's own randomness. Copies to the host once.
+    count, else the expectation over the draft's own randomness. Copies to the host once. Under context parallelism the
+    ranks' rows are gathered, and each returns the estimate of the whole pack.
     """
     depth = mask.shape[0]
     assert accept.shape == mask.shape and mask.shape[1] == layout.tokens
     # P(a >= j) for j = 1..D; a depth beyond the response is never accepted
     reach = torch.where(mask, accept.double(), 0).cumprod(0)
-    host = torch.cat([reach, mask[:1].double()]).cpu().T.tolist()
+    host = layout.unshard(torch.cat([reach, mask[:1].double()]).T).tolist()
     accepted = verify_steps = 0.0
     for start, end in pairwise(layout.offsets):
         visits = [0.0] * (end - start + depth + 1)

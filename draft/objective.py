@@ -1,6 +1,7 @@
 """The draft's training objective over one pack: unroll, losses, and what its acceptance was worth.
 
-Invariant: the result is a sum over rows, so packs and ranks add up; whoever calls divides by the global number of rows.
+Invariant: loss and counts are sums over this rank's rows, so packs and ranks add up; whoever calls divides by the
+global number of rows.
 
 Dimensions: `T` packed tokens, `D` depths, `H` hidden, `V` vocabulary, `n` rows that count, all depths together.
 """
@@ -35,7 +36,7 @@ class DraftObjective:
     loss_by_depth: Tensor
     """`[D]` float32, detached sums over rows of the chosen loss before any row weight."""
     estimate: SpecEstimate
-    """What serving with this draft would have needed for these responses."""
+    """What serving with this draft would have needed for these responses; of the whole pack, on every rank of it."""
 
 
 def objective(

@@ -66,6 +66,16 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32):  # ty
     return model.to(dtype).eval()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton runs CPU tensors in its interpreter alone, which is off where there is a GPU for it."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if parameters and parameters.params.get("backend") == "triton" and not item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Four processes over gloo."""

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from conftest import tiny_model
+from distributed import Ranks
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.objective import DraftObjective, objective
 from miles_spec.draft.spec import EAGLE
@@ -18,6 +20,7 @@ from miles_spec.kernels.layout import PackedLayout
 from miles_spec.kernels.logprob import logprob
 from miles_spec.kernels.shift import draft_targets
 from oracles import losses
+from oracles.numbers import relative_error
 
 PROMPT, RESPONSE, DEPTH = 3, 10, 3
 
@@ -163,6 +166,33 @@ def test_no_gradient_leaves_the_draft(family: str, loss: str) -> None:
     objective(head, **args, depth=DEPTH, loss=loss, ramp=0.5, rule="rejection", temperature=1.0).loss_sum.backward()
     assert all(p.grad is None for p in pack.model.parameters()) and args["lse"].grad is None
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+def _share(group: dist.ProcessGroup, sharding: Any) -> tuple[float, list[float], tuple[float, float], list[Tensor]]:
+    """What one rank of a context-parallel group finds for its part of the pack."""
+    pack = _pack()
+    lengths = pack.args["layout"].lengths
+    layout = PackedLayout.make(lengths, halo=DEPTH + 1, sharding=sharding, cp_group=group)
+    shared = {k: layout.shard(pack.args[k]) for k in ("hidden", "tokens", "loss_mask", "lse", "logprobs")}
+    head = _head(pack)
+    settings = dict(depth=DEPTH, loss="ramp", ramp=0.5, rule="rejection", temperature=1.0)
+    got = objective(head, **{**pack.args, **shared, "layout": layout}, **settings)
+    got.loss_sum.backward()
+    estimate = got.estimate.accepted, got.estimate.verify_steps
+    return float(got.loss_sum.detach()), list(got.rows), estimate, [p.grad for p in head.parameters()]
+
+
+@pytest.mark.parametrize("sharding", ["zigzag", "contiguous"])
+def test_ranks_of_a_cut_pack_add_up(sharding: str, ranks: Ranks) -> None:
+    ((loss, rows, estimate, grads),) = ranks.run(_share, 1, sharding)
+    assert estimate[0] > 0
+    for size in (2, 4):
+        shares = ranks.run(_share, size, sharding)
+        assert sum(s[0] for s in shares) == pytest.approx(loss, rel=1e-5)
+        assert [sum(column) for column in zip(*(s[1] for s in shares), strict=True)] == rows
+        assert all(s[2] == pytest.approx(estimate, rel=1e-5) for s in shares)
+        summed = [torch.stack(g).sum(0) for g in zip(*(s[3] for s in shares), strict=True)]
+        assert all(relative_error(a, b) < 1e-5 for a, b in zip(summed, grads, strict=True))
 
 
 def test_an_empty_mask_gives_zero() -> None:
