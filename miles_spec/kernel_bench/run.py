@@ -26,7 +26,7 @@ from miles_spec.kernel_bench.losses import draft_loss_contests, logprob_contests
 from miles_spec.kernel_bench.measure import ENDLESS_MS, Call, Meter
 from miles_spec.kernel_bench.packs import attention_contests, shift_contests
 from miles_spec.kernels.backend import interpreted, triton
-from miles_spec.provenance import check, write_result
+from miles_spec.provenance import check, commit, write_result
 from miles_spec.types import RunError
 
 KERNELS: dict[str, Callable[[Setting], Iterator[Contest]]] = {
@@ -83,7 +83,8 @@ class Row:
 
 
 def kernels(result: Path | None = None, only: Sequence[str] = (), sizes: Sizes | None = None) -> list[Row]:
-    """Runs everything that this machine can, or the kernels named in `only`, prints it, and writes it to `result`.
+    """Runs everything that this machine can, or the kernels named in `only`, prints it, and writes it to `result`,
+    which after each contest holds all that is done.
 
     Raises `ValueError` for an unknown kernel, and `RunError` if a kernel of ours is wrong, when all the rest is done.
     """
@@ -101,23 +102,23 @@ def kernels(result: Path | None = None, only: Sequence[str] = (), sizes: Sizes |
         peers=gpu,
     )
     console = _console()
-    rows = _run(setting, names, Meter(device), console)
+    rows: list[Row] = []
+    write = _writer(result, "kernels")
+    _run(setting, names, Meter(device), console, rows, write)
     if not gpu:
         console.print("There is no GPU: small inputs in float32 and the reference in plain torch; no time of Triton's.")
         if triton is not None and interpreted():
             small = replace(setting, sizes=TINY, backend="triton")
-            rows += _run(small, names, None, console)
+            _run(small, names, None, console, rows, write)
         else:
             console.print("Triton's kernels were not checked: its interpreter runs them under TRITON_INTERPRET=1.")
-    if result is not None:
-        write_result(result, "kernels", [asdict(r) for r in rows], checks(rows))
     _raise_for_wrong(rows)
     return rows
 
 
 def kernels_of_ranks(ranks: int, result: Path, sizes: Sizes | None = None) -> None:
     """The shift again with the pack cut over `ranks` processes of this machine, over NCCL on as many GPUs, over gloo
-    without any; prints it and writes it to `result`.
+    without any; prints it and writes it to `result`, which after each contest holds all that is done.
 
     Raises `ValueError` if there are fewer GPUs, and `RunError` if a kernel of ours is wrong.
     """
@@ -150,20 +151,38 @@ def _rank(rank: int, ranks: int, store: str, result: str, sizes: Sizes | None) -
         peers=gpu,
         group=dist.group.WORLD,
     )
-    rows = _run(setting, ["shift"], Meter(device, setting.group), _console(quiet=rank > 0))
-    if rank == 0:
-        write_result(Path(result), "kernels_of_ranks", [asdict(r) for r in rows], checks(rows), ranks=ranks)
+    write = _writer(Path(result) if rank == 0 else None, "kernels_of_ranks", ranks=ranks)
+    _run(setting, ["shift"], Meter(device, setting.group), _console(quiet=rank > 0), [], write)
     dist.destroy_process_group()
 
 
-def _run(setting: Setting, names: Sequence[str], meter: Meter | None, console: Console) -> list[Row]:
-    rows = []
+def _run(
+    setting: Setting,
+    names: Sequence[str],
+    meter: Meter | None,
+    console: Console,
+    rows: list[Row],
+    write: Callable[[Sequence[Row]], None],
+) -> None:
+    """Adds every contest's rows to `rows`, and hands all of them to `write` each time."""
     for name in names:
         for contest in KERNELS[name](setting):
             settled = settle(contest, meter, setting)
             console.print(table(settled))
             rows += settled
-    return rows
+            write(rows)
+
+
+def _writer(result: Path | None, name: str, **more: Any) -> Callable[[Sequence[Row]], None]:
+    """What puts rows and their checks in the file `result`, if there is one, in the place of what it held."""
+    if result is None:
+        return lambda rows: None
+    at = commit()  # a tracked result that was written once would make the checkout differ
+
+    def write(rows: Sequence[Row]) -> None:
+        write_result(result, name, [asdict(r) for r in rows], checks(rows), commit=at, **more)
+
+    return write
 
 
 def settle(contest: Contest, meter: Meter | None, setting: Setting) -> list[Row]:

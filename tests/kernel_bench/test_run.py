@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,41 @@ def test_ranks(tmp_path: Path) -> None:
     assert [r["name"] for r in ours] == ["ours, draft_targets", "ours, shift"]
     assert all(r["figures"]["cp"] == 2 and r["value_error"] == 0 and r["ms"] > 0 for r in ours)
     assert content["checks"] and all(c["holds"] for c in content["checks"])
+
+
+@without_gpu
+@pytest.mark.parametrize("name", ["kernels", "kernels_of_ranks"])
+def test_a_run_cut_short_keeps_what_it_measured(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results" / "k.json"
+
+    def contests(_: Setting) -> Iterator[Contest]:
+        yield two(torch.ones(3))
+        assert len(json.loads(path.read_text())["rows"]) == 2
+        yield replace(two(torch.zeros(3)), case="y")
+        raise KeyboardInterrupt
+
+    # as in a checkout that tracks the result
+    monkeypatch.setattr(run, "commit", lambda: "abc+changes" if path.exists() else "abc")
+    monkeypatch.setitem(run.KERNELS, "shift", contests)
+    with pytest.raises(KeyboardInterrupt):
+        if name == "kernels":
+            kernels(path, only=["shift"])
+        else:
+            try:
+                run._rank(0, 1, str(tmp_path / "store"), str(path), TINY)
+            finally:
+                dist.destroy_process_group()
+    content = json.loads(path.read_text())
+    assert content["name"] == name and content["commit"] == "abc"
+    rows = [Row(**r) for r in content["rows"]]
+    assert [(r.case, r.name, r.wrong) for r in rows] == [
+        ("x", "ours", False),
+        ("x", "other", False),
+        ("y", "ours", True),
+        ("y", "other", False),
+    ]
+    assert [c["holds"] for c in content["checks"]] == [c["holds"] for c in checks(rows)]
+    assert content["checks"][0]["holds"] and not content["checks"][-1]["holds"]
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
