@@ -132,8 +132,8 @@ def draft_loss(
     With `group`, `head` and `teacher_head` are this rank's equal share of the vocabulary, in rank order; labels are
     global; every rank returns the same, the head's gradient for its share.
 
-    Raises `ValueError` for a mixture that is all zero, for `reverse_kl` under `top_p`, and for `top_p` with
-    `teacher_lse`.
+    Raises `ValueError` for a mixture that is all zero, for `reverse_kl` under `top_p`, for `top_p` with `teacher_lse`,
+    and for widths or dtypes that do not fit together.
     """
     if not any((mix.ce, mix.kl, mix.reverse_kl, mix.tv)):
         raise ValueError("the mixture of losses is all zero: give ce, kl, reverse_kl or tv a weight")
@@ -148,10 +148,13 @@ def draft_loss(
             f"vocabulary {head.shape[0]}"
         )
     states, head, teacher = autocast_inputs(states, head, teacher_hidden.detach())
-    if teacher_head is None:
-        teacher_head = head.detach()
-    else:
-        (teacher_head,) = autocast_inputs(teacher_head.detach())
+    (teacher_head,) = (head.detach(),) if teacher_head is None else autocast_inputs(teacher_head.detach())
+    dtypes = {x.dtype for x in (states, head, teacher, teacher_head)}
+    if len(dtypes) > 1:
+        raise ValueError(f"states, heads and teacher must be of one dtype, not of {sorted(map(str, dtypes))}")
+    # kernels walk along rows
+    states, head, teacher, teacher_head = (x.contiguous() for x in (states, head, teacher, teacher_head))
+    labels = labels.contiguous()
     count = states.shape[0] if rows is None else rows.shape[0]
     assert labels.shape == (count,)
     job = _Job(

@@ -271,6 +271,19 @@ def test_a_head_of_the_drafts_own_gets_a_gradient(backend: Any) -> None:
     assert all(relative_error(p, q) < 2e-6 for p, q in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_strides_do_not_matter(backend: Any) -> None:
+    inputs = _inputs(9)
+    strided = {k: x.T.contiguous().T if x.dim() == 2 else x.repeat_interleave(2)[::2] for k, x in inputs.items()}
+    assert not any(x.is_contiguous() for x in strided.values())
+    results = []
+    for arguments in (inputs, strided):
+        arguments["states"].requires_grad_()
+        got = draft_loss(**arguments, mix=Mix(kl=1, ce=1), rule="rejection", backend=backend, chunk_rows=4)
+        results.append([got.total.detach(), *torch.autograd.grad(got.total, arguments["states"]), got.accept])
+    assert all(relative_error(b, a) < 1e-6 for a, b in zip(*results, strict=True))
+
+
 def test_logits_of_the_teacher_do_as_well_as_its_states() -> None:
     inputs = _inputs(9)
     want = draft_loss(**inputs, mix=Mix(kl=1), rule="target", chunk_rows=4)
@@ -466,6 +479,7 @@ def test_weights_of_end_to_end_tv() -> None:
         ({"mix": Mix(reverse_kl=1), "top_p": 0.9}, "infinite"),
         ({"top_p": 0.9, "teacher_lse": torch.zeros(4)}, "full vocabulary"),
         ({"teacher_hidden": torch.zeros(4, 7)}, "7 wide"),
+        ({"states": torch.zeros(4, HIDDEN, dtype=torch.bfloat16)}, "one dtype"),
     ],
 )
 def test_mistakes_are_refused(change: dict[str, Any], message: str) -> None:
