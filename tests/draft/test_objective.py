@@ -168,12 +168,18 @@ def test_no_gradient_leaves_the_draft(family: str, loss: str) -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
 
 
-def _share(group: dist.ProcessGroup, sharding: Any) -> tuple[float, list[float], tuple[float, float], list[Tensor]]:
-    """What one rank of a context-parallel group finds for its part of the pack."""
+def _share(
+    group: dist.ProcessGroup, sharding: Any, sampled: int
+) -> tuple[float, list[int], tuple[float, float], list[Tensor]]:
+    """What one rank of a context-parallel group finds for its part of the pack, of which the last `sampled` segments
+    have sampled tokens."""
     pack = _pack()
-    lengths = pack.args["layout"].lengths
+    whole = pack.args["layout"]
+    lengths = whole.lengths
+    counted = pack.args["loss_mask"] & (whole.segments >= len(lengths) - sampled)
     layout = PackedLayout.make(lengths, halo=DEPTH + 1, sharding=sharding, cp_group=group)
-    shared = {k: layout.shard(pack.args[k]) for k in ("hidden", "tokens", "loss_mask", "lse", "logprobs")}
+    shared = {k: layout.shard(pack.args[k]) for k in ("hidden", "tokens", "lse", "logprobs")}
+    shared["loss_mask"] = layout.shard(counted)
     head = _head(pack)
     settings = dict(depth=DEPTH, loss="ramp", ramp=0.5, rule="rejection", temperature=1.0)
     got = objective(head, **{**pack.args, **shared, "layout": layout}, **settings)
@@ -182,12 +188,17 @@ def _share(group: dist.ProcessGroup, sharding: Any) -> tuple[float, list[float],
     return float(got.loss_sum.detach()), list(got.rows), estimate, [p.grad for p in head.parameters()]
 
 
+@pytest.mark.parametrize("sampled", [12, 2])
 @pytest.mark.parametrize("sharding", ["zigzag", "contiguous"])
-def test_ranks_of_a_cut_pack_add_up(sharding: str, ranks: Ranks) -> None:
-    ((loss, rows, estimate, grads),) = ranks.run(_share, 1, sharding)
+def test_ranks_of_a_cut_pack_add_up(sharding: str, sampled: int, ranks: Ranks) -> None:
+    """Four ranks include some without a row that counts: the first, where few segments have sampled tokens, or whose
+    chunks are a segment's prompt and padding."""
+    ((loss, rows, estimate, grads),) = ranks.run(_share, 1, sharding, sampled)
     assert estimate[0] > 0
     for size in (2, 4):
-        shares = ranks.run(_share, size, sharding)
+        shares = ranks.run(_share, size, sharding, sampled)
+        if size == 4:
+            assert (min(s[1][0] for s in shares) == 0) == (sampled == 2 or sharding == "zigzag")
         assert sum(s[0] for s in shares) == pytest.approx(loss, rel=1e-5)
         assert [sum(column) for column in zip(*(s[1] for s in shares), strict=True)] == rows
         assert all(s[2] == pytest.approx(estimate, rel=1e-5) for s in shares)
