@@ -7,7 +7,6 @@ from itertools import pairwise
 import pytest
 import torch
 
-from miles_spec.kernel_bench import measure
 from miles_spec.kernel_bench.measure import LEAST_TURNS, TURNS, WARM_UP, Meter
 
 CPU = torch.device("cpu")
@@ -35,18 +34,18 @@ def test_order_changes_from_round_to_round() -> None:
 
 
 def test_long_calls_take_few_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "LONG_MS", 10.0)
-    monkeypatch.setattr(measure, "ENDLESS_MS", 60.0)
-    calls: Counter[str] = Counter()
+    """Calls give the milliseconds that they would have taken."""
+    monkeypatch.setattr(Meter, "_alone", lambda self, call: (call(), call()))
+    monkeypatch.setattr(Meter, "_turn", lambda self, call: call())
+    seen: Counter[float] = Counter()
 
-    def call(name: str, seconds: float) -> None:
-        calls[name] += 1
-        time.sleep(seconds)
+    def call(ms: float) -> float:
+        seen[ms] += 1
+        return ms
 
-    seconds = {"endless": 0.08, "long": 0.015, "short": 0}
-    found = Meter(CPU).times({name: lambda name=name: call(name, seconds[name]) for name in seconds})
-    assert calls == {"endless": 1 + 1, "long": WARM_UP + LEAST_TURNS, "short": WARM_UP + TURNS}
-    assert found["endless"].ms > 60 and found["endless"].spread == 0
+    found = Meter(CPU).times({str(ms): lambda ms=ms: call(ms) for ms in (2000.0, 150.0, 1.0)})
+    assert seen == {2000.0: 2 * 1 + 1, 150.0: 2 * WARM_UP + LEAST_TURNS, 1.0: 2 * WARM_UP + TURNS}
+    assert (found["2000.0"].ms, found["2000.0"].spread) == (2000.0, 0)
 
 
 def test_median_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
