@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from distributed import Ranks
-from miles_spec.kernels import draft_loss as module
-from miles_spec.kernels import sweeps_triton
-from miles_spec.kernels.draft_loss import DraftLoss, Mix, draft_loss, end_to_end_weights
+from miles_spec.kernels import draft_chunks, sweeps_triton
+from miles_spec.kernels.draft_loss import DraftLoss, Mix, draft_loss
 from miles_spec.types import VerifyRule
 from oracles import losses
 from oracles.numbers import relative_error
@@ -216,7 +215,7 @@ def test_teacher_rows_far_apart_are_read_one_by_one(monkeypatch: pytest.MonkeyPa
     inputs = _inputs(8)
     teacher_rows = torch.tensor([7, 0, 6, 1, 5, 2, 4, 3])
     memory: list[int] = []
-    monkeypatch.setattr(module.Tensor, "new_empty", _noting(memory, module.Tensor.new_empty))
+    monkeypatch.setattr(Tensor, "new_empty", _noting(memory, Tensor.new_empty))
     shared = {**inputs, "teacher_hidden": inputs["teacher_hidden"][teacher_rows.argsort()]}
     got = draft_loss(**shared, teacher_rows=teacher_rows, mix=Mix(kl=1), rule="target", chunk_rows=4)
     assert max(memory) == 4 * FULL
@@ -467,7 +466,7 @@ def test_parts_of_the_vocabulary_merge(top_p: float, offset: float, monkeypatch:
 def test_weights_of_end_to_end_tv() -> None:
     accept = torch.rand(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     accept[2, 3] = 0
-    got = end_to_end_weights(accept)
+    got = draft_chunks.end_to_end_weights(accept)
     for n in range(7):
         torch.testing.assert_close(got[:, n].tolist(), losses.block_weights(accept[:, n].tolist()))
 
