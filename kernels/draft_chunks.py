@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from miles_spec.kernels.linear import add_product, vocab_range
+from miles_spec.kernels.linear import add_product, label_logits, vocab_range
 from miles_spec.kernels.sweeps import Stats, Sweeps
-from miles_spec.kernels.sweeps_triton import ALIGN, label_logits
+from miles_spec.kernels.sweeps_triton import ALIGN
 
 if TYPE_CHECKING:
     from miles_spec.types import VerifyRule
@@ -77,6 +77,7 @@ class Work:
     def __init__(self, states: Tensor, head: Tensor, job: Job, parts: Sequence[Part]) -> None:
         self._states, self._head, self._job = states, head, job
         self._first, _ = vocab_range(head.shape[0], job.group)
+        assert head.shape[0] * (job.group.size() if job.group else 1) <= 1 << 24, "sweeps keep token ids in float32"
         columns = [(self._whole(p.columns), p.window or self._whole(p.columns)) for p in parts]
         widest = (max(sizes) for sizes in zip(*columns, strict=True)) if parts else (0, 0)
         self._draft, self._target = (states.new_empty(size * head.shape[0]) for size in widest)
@@ -218,16 +219,13 @@ class Work:
         """`head @ x.T`, or the logits `x` turned over, each column less its label's logit, in `memory`; and what was
         taken off, float32."""
         out = memory[: self._head.shape[0] * len(x)].view(-1, len(x))
-        at_label = x.new_zeros(len(x), dtype=torch.float32)
         # columns without a label are not shifted: that is as exact as any product in this dtype, and no less right
         if head is None:
             found = x[: len(labels)].gather(1, labels.clamp(min=0)[:, None])[:, 0]
+            at_label = x.new_zeros(len(x), dtype=torch.float32)
             at_label[: len(labels)] = torch.where(labels >= 0, found, 0)
-        elif self._job.triton:
-            label_logits(x, head, labels, at_label)
         else:
-            found = (x[: len(labels)].float() * head[labels.clamp(min=0)].float()).sum(-1)
-            at_label[: len(labels)] = torch.where(labels >= 0, found, 0)
+            at_label = label_logits(x, head, labels, use_triton=self._job.triton)
         shift = self._everywhere(at_label).to(x.dtype)
         if head is None:
             torch.sub(x.T, shift, out=out)

@@ -1,4 +1,5 @@
-"""What the kernels with an LM head in them share: its product in bounded memory, and its shards over a TP group.
+"""What the kernels with an LM head in them share: its product in bounded memory, single logits, its shards over a TP
+group.
 
 Invariant: logits are float32 wherever they are read, and no more of them exist than the caller asked memory for.
 
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from miles_spec.kernels.backend import jit, tl
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -70,6 +73,33 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         total.copy_(a @ b)
     else:
         total += a @ b
+
+
+@jit
+def _label_kernel(x_ptr, head_ptr, labels_ptr, out_ptr, n, H, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + tl.minimum(row, n - 1))
+    length = tl.where((row < n) & (label >= 0), H, 0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        mask = at < length
+        x = tl.load(x_ptr + row * H + at, mask=mask, other=0.0).to(tl.float32)
+        total += x * tl.load(head_ptr + label * H + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row, tl.sum(total, 0))
+
+
+def label_logits(x: Tensor, head: Tensor, labels: Tensor, *, use_triton: bool) -> Tensor:
+    """`[w]` float32: `x[i] @ head[labels[i]]`, and 0 where there is no label or no row; `x` `[w, H]` and `head`
+    contiguous, `labels` `[n]` int64, `n` at most `w`, below 0 for none."""
+    if use_triton:
+        out = x.new_empty(len(x), dtype=torch.float32)
+        _label_kernel[(len(x),)](x, head, labels, out, len(labels), x.shape[1], BLOCK=1024, num_warps=4)
+    else:
+        out = x.new_zeros(len(x), dtype=torch.float32)
+        found = (x[: len(labels)].float() * head[labels.clamp(min=0)].float()).sum(-1)
+        out[: len(labels)] = torch.where(labels >= 0, found, 0)
+    return out
 
 
 def gather_states(state: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -401,20 +401,6 @@ def _mass_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + tl.program_id(1).to(tl.int64) * n + cols, tl.sum(mass, 0), mask=inside)
 
 
-@jit
-def _label_kernel(x_ptr, head_ptr, labels_ptr, out_ptr, n, H, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels_ptr + tl.minimum(row, n - 1))
-    length = tl.where((row < n) & (label >= 0), H, 0)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, length, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        mask = at < length
-        x = tl.load(x_ptr + row * H + at, mask=mask, other=0.0).to(tl.float32)
-        total += x * tl.load(head_ptr + label * H + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row, tl.sum(total, 0))
-
-
 def stats(z: Tensor, t: Tensor, border: Tensor | None, labels: Tensor, scale: float, first: int) -> Tensor:
     """`[P, 16, n]` of `sweeps.PARTIAL`."""
     out = _output(z, 16, labels)
@@ -476,12 +462,6 @@ def mass_above(t: Tensor, border: Tensor, lse_t: Tensor, scale: float) -> Tensor
     grid, shape = _shape("mass", t, lse_t)
     _mass_kernel[grid](t, border, lse_t, out, *sizes, scale, **shape)
     return out
-
-
-def label_logits(x: Tensor, head: Tensor, labels: Tensor, out: Tensor) -> None:
-    """Fills `out` `[w]` float32 with `x[i] @ head[labels[i]]`, and with 0 where there is no label or no row; `x`
-    `[w, H]`, `labels` `[n]`, below 0 for none."""
-    _label_kernel[(len(out),)](x, head, labels, out, len(labels), x.shape[1], BLOCK=1024, num_warps=4)
 
 
 def _output(block: Tensor, fields: int, rows: Tensor) -> Tensor:

@@ -67,12 +67,15 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32):  # ty
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Triton runs CPU tensors in its interpreter alone, which is off where there is a GPU for it."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return
+    """Skips what needs a GPU where there is none. Where there is one, Triton's interpreter, which runs its kernels on
+    CPU tensors, is off."""
+    gpu, interpreter = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
         parameters = getattr(item, "callspec", None)
-        if parameters and parameters.params.get("backend") == "triton" and not item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu"):
+            if not gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        elif not interpreter and parameters and parameters.params.get("backend") == "triton":
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
 
 

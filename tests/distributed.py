@@ -28,7 +28,7 @@ def _work(rank: int, store: str, pipe: Connection) -> None:
         fn, size, args = task
         try:
             pipe.send((True, fn(groups[size], *args)))
-        except BaseException:
+        except Exception:
             pipe.send((False, traceback.format_exc()))
     dist.destroy_process_group()
 

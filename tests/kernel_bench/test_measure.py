@@ -56,11 +56,7 @@ def test_median_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.spread == pytest.approx((7 - 3) / 5)
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
 @pytest.mark.gpu
-@needs_gpu
 def test_counts_on_a_gpu() -> None:
     meter, x = Meter(torch.device("cuda")), torch.zeros(1 << 20, device="cuda")
     assert meter.launches(lambda: x.add_(1)) == 1
@@ -71,7 +67,6 @@ def test_counts_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_a_time_does_not_depend_on_its_neighbours() -> None:
     a = torch.randn(8192, 8192, device="cuda").bfloat16()
     calls = {
@@ -85,7 +80,6 @@ def test_a_time_does_not_depend_on_its_neighbours() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_the_host_has_a_short_start_on_a_gpu() -> None:
     x = torch.zeros(1 << 10, device="cuda")
 

@@ -273,11 +273,7 @@ def test_a_run_cut_short_keeps_what_it_measured(name: str, tmp_path: Path, monke
     assert content["checks"][0]["holds"] and not content["checks"][-1]["holds"]
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
 @pytest.mark.gpu
-@needs_gpu
 def test_everything_on_a_gpu(tmp_path: Path) -> None:
     path = tmp_path / "kernels.json"
     rows = kernels(path, sizes=contests.CPU)

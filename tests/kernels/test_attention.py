@@ -138,7 +138,6 @@ def test_dropout_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_attention_on_a_gpu(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     attention._note_slow_path.cache_clear()

@@ -105,7 +105,6 @@ def test_to_moves_every_tensor() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_made_on_the_gpu_without_waiting_for_it() -> None:
     lengths = [1000, 0, 1, 17, 4096, 3]
     torch.zeros(1, device="cuda")

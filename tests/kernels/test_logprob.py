@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distributed import Ranks
+from memory import poison
 from miles_spec.kernels import logprob as module
 from miles_spec.kernels.backend import interpreted
 from miles_spec.kernels.linear import vocab_range
@@ -20,7 +21,6 @@ from oracles.numbers import relative_error
 
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="Triton's interpreter is off")
 BACKENDS = ["reference", pytest.param("triton", marks=needs_interpreter)]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def _inputs(n: int = 13, h: int = 24, v: int = 50, dtype: torch.dtype = torch.float32):  # type: ignore[no-untyped-def]
@@ -294,13 +294,6 @@ def test_shards_with_ties_and_without_rows(ranks: Ranks, backend: str, size: int
 # On a GPU
 
 
-def _poison() -> None:
-    """Leaves the caching allocator with NaN in what it hands out next."""
-    large = torch.full((1 << 30,), float("nan"), device="cuda")
-    small = [torch.full((128 << i,), float("nan"), device="cuda") for i in range(11) for _ in range(8)]
-    del large, small
-
-
 def _gpu_inputs(n: int, h: int, dtype: torch.dtype, v: int = 151936) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(n, h, generator=g, device="cuda").to(dtype).requires_grad_()
@@ -322,7 +315,6 @@ def _exact_on_gpu(hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor, 
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 # a gradient is rounded twice, before the second product and after it; sums over a large vocabulary in float32 add to it
 @pytest.mark.parametrize(
@@ -335,9 +327,9 @@ def test_on_a_gpu(
     inputs = _gpu_inputs(300, 512, dtype, v)
     hidden, head, labels, weight = inputs
     want = _exact_on_gpu(*inputs, 0.7)
-    _poison()
+    poison()
     got = logprob(hidden, head, labels, temperature=0.7, chunk_rows=chunk_rows, backend=backend)
-    _poison()
+    poison()
     grads = torch.autograd.grad((got.logprob * weight).sum(), (hidden, head))
     # logits are never rounded to half precision
     for a, b in zip((got.logprob, got.entropy, got.lse), want[:3], strict=True):
@@ -350,7 +342,6 @@ def test_on_a_gpu(
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_offsets_beyond_31_bits() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
         pytest.skip("needs 40 GiB")
@@ -368,7 +359,6 @@ def test_offsets_beyond_31_bits() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("frozen", [True, False])
 def test_peak_memory_on_a_gpu(frozen: bool) -> None:
     hidden, head, labels, weight = _gpu_inputs(8192, 2048, torch.bfloat16)

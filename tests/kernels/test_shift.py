@@ -19,7 +19,6 @@ from miles_spec.kernels.shift import draft_targets, extend, shift
 from sharded import Case
 
 BACKENDS: tuple[Backend, ...] = ("reference", "triton")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # without a GPU the tests' Triton is the interpreter
 here = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the CPU")
 
@@ -178,7 +177,6 @@ def test_one_launch_with_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_on_one_gpu(tmp_path: Path) -> None:
     batch = [*sharded.random_cases(6, 1), *sharded.random_cases(4, 2, **WIDE)]
     sharded.over_nccl(sharded.check_on_gpu, 1, tmp_path / "store", batch)
@@ -194,7 +192,6 @@ def test_over_nccl(tmp_path: Path, size: int) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("segments", [64, 512])
 @pytest.mark.parametrize("depth", [1, 3, 7])
 def test_large_packs_on_the_gpu(segments: int, depth: int) -> None:
@@ -224,7 +221,6 @@ def test_large_packs_on_the_gpu(segments: int, depth: int) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_one_launch_on_the_gpu() -> None:
     layout = PackedLayout.make([100, 5000], "cuda")
     tokens = torch.arange(5100, device="cuda")

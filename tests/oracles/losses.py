@@ -7,11 +7,15 @@ gradient ignores it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from miles_spec.kernels.draft_loss import Mix
 
 
 def product(hidden: Tensor, head: Tensor, rounding: torch.dtype) -> Tensor:
@@ -111,3 +115,9 @@ def block_weights(accepts: Sequence[float]) -> list[float]:
         up[i], down[i] = 1.0, 0.0  # linear in each, so the difference over 0..1 is the derivative
         out.append(length(up) - length(down))
     return out
+
+
+def mixed(mix: Mix, fields: Mapping[str, Tensor]) -> Tensor:
+    """`[n]` the loss of each row, from its parts."""
+    parts = [getattr(mix, n) * fields[n] for n in ("ce", "kl", "reverse_kl", "tv") if getattr(mix, n)]
+    return torch.stack(parts).sum(0)
