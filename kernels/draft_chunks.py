@@ -40,6 +40,11 @@ def end_to_end_weights(accept: Tensor) -> Tensor:
     return reach * follows
 
 
+SHARE_FROM_HIDDEN = 2048
+"""Hidden size from which, on a GPU, depths share a teacher's logits: below, the products saved cost less than sweeping
+the columns that no row fills (`benchmarks/results/kernels.json`)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
     """The arguments of `draft_loss` that carry no gradient; see there."""
@@ -301,7 +306,8 @@ def chunks_of(job: Job) -> list[Part]:
         starts = torch.where(job.chain == 0, row, count).flip(0).cummin(0).values.flip(0)
         ends = starts[size::size].tolist()
     parts = [slice(a, b) for a, b in pairwise([0, *ends, count]) if a < b]
-    if job.teacher_rows is None or job.chain is None or job.depth == 1:
+    few = job.labels.is_cuda and job.teacher.shape[1] < SHARE_FROM_HIDDEN
+    if job.teacher_rows is None or job.chain is None or job.depth == 1 or few:
         return [Part(rows=rows, columns=rows.stop - rows.start) for rows in parts]
     align = ALIGN if job.triton else 1
     edges = torch.stack([_edges(job.teacher_rows[rows], job.chain[rows]) for rows in parts]).tolist()

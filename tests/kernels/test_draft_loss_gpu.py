@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from memory import poison
+from miles_spec.kernels import draft_chunks
 from miles_spec.kernels.draft_loss import Mix, draft_loss
 from miles_spec.types import VerifyRule
 from oracles import losses
@@ -83,8 +84,9 @@ def test_on_a_gpu(rule: VerifyRule, dtype: torch.dtype, limit: float, vocab: int
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_on_a_gpu_every_option_gives_what_the_reference_does(rule: VerifyRule) -> None:
+def test_on_a_gpu_every_option_gives_what_the_reference_does(rule: VerifyRule, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks with shared teachers, weights, a head of its own, top-p."""
+    monkeypatch.setattr(draft_chunks, "SHARE_FROM_HIDDEN", 0)
     g = torch.Generator().manual_seed(1)
     depth, blocks = 3, 100
     chain = torch.arange(depth).repeat(blocks)
