@@ -5,11 +5,12 @@ BIN := .venv/bin
 # One thread: the models of the fast tests are so small that a second thread only costs.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup quickstart test lint slow format clean
+.PHONY: help setup quickstart test test-sglang lint slow format clean
 
 help:
 	@echo 'make quickstart  set up, then train, measure and report a small model (minutes)'
 	@echo 'make test        set up, then lint, type check and the fast tests'
+	@echo 'make test-sglang set up, SGLang in a Python of its own too (3 GB), then the tests against real servers'
 	@echo 'make slow        set up, then the slow tests'
 	@echo 'make lint        set up, then ruff and mypy only'
 	@echo 'make format      set up, then let ruff rewrite what it can'
@@ -43,9 +44,17 @@ lint: .venv/installed
 slow: .venv/smollm2
 	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 1800
 
+# SGLang pins other versions than ours, so it gets an environment of its own, in which only its servers run.
+.venv-sglang/installed: tests/sglang/install.sh tests/sglang/requirements.txt
+	tests/sglang/install.sh $(PYTHON) .venv-sglang
+	touch $@
+
+test-sglang: .venv/installed .venv-sglang/installed
+	MILES_SPEC_SGLANG_PYTHON='$(CURDIR)/.venv-sglang/bin/python' $(PYTEST) -m sglang tests/sglang
+
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-sglang build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

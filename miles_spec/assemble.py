@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
@@ -21,12 +22,15 @@ from torch import Tensor
 from miles_spec import checkpoint, models
 from miles_spec.config import RunConfig
 from miles_spec.data import PromptSource, make_source
+from miles_spec.draft.export import served_tensors
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import FAMILIES
 from miles_spec.live import LiveTable
 from miles_spec.rewards import Scorer
 from miles_spec.rollout.embedded import EmbeddedEngine
+from miles_spec.rollout.engine import Engine
 from miles_spec.rollout.speculation import CostModel, calibrate
+from miles_spec.serving import Serving, Weights
 from miles_spec.sync.session import Syncer
 from miles_spec.sync.transports import InProcess
 from miles_spec.train.packing import pack
@@ -49,7 +53,9 @@ class Run:
     source: PromptSource
     scorer: Scorer
     trainer: TorchTrainer
-    engine: EmbeddedEngine
+    engine: Engine
+    serving: Serving | None
+    """The servers behind `engine`; None for the embedded engine."""
     syncer: Syncer
     cost: CostModel | None
     """Of the engine without speculation; None in a run without a draft, which has none to compare with."""
@@ -70,17 +76,51 @@ class Run:
         """The text of each response token."""
         return [self.tokenizer.decode([token]) for token in sample.completion.tokens]
 
+    def weights(self) -> Weights:
+        """What the engine is to serve: the trainer's weights."""
+        drafting = self.trainer.draft is not None
+        return Weights(
+            version=self.trainer.version,
+            target=dict(self.trainer.weights("target")),
+            draft_version=self.trainer.draft_version if drafting else None,
+            draft=self.draft_weights(self.trainer.draft.draft) if self.trainer.draft is not None else None,
+        )
+
+    def draft_weights(self, draft: DraftHead) -> dict[str, Tensor]:
+        """The tensors that the engine needs to serve `draft`."""
+        if self.serving is not None:
+            return dict(served_tensors(draft, models.head_weight(self.trainer.model)))
+        names = draft.export_names
+        return {names[name]: parameter.detach() for name, parameter in draft.named_parameters()}
+
     def push(self, *, self_test: bool = False) -> list[Receipt]:
-        """Sends the trainer's weights to the engine; the receipts. With `self_test`, see `Syncer.self_test`."""
-        draft = self.trainer.weights("draft") if self.trainer.draft is not None else None
+        """Sends the trainer's weights to the engine; the receipts. With `self_test`, see `Syncer.self_test`.
+
+        None where all servers are being started anew: they are sent the weights before they generate.
+        """
+        members = self.engine.members()
+        if not members:
+            return []
+        now = self.weights()
         send = self.syncer.self_test if self_test else self.syncer.push
         return send(
-            self.engine,
-            version=self.trainer.version,
-            target=self.trainer.weights("target"),
-            draft_version=self.trainer.draft_version if draft is not None else None,
-            draft=draft,
+            members,
+            version=now.version,
+            target=now.target,
+            draft_version=now.draft_version,
+            draft=now.draft,
         )
+
+    def wake(self) -> None:
+        """Gives the engine its memory back after training; a push must follow."""
+        if self.trainer.device.type == "cuda":
+            torch.cuda.empty_cache()  # what training has left over, on the engine's own GPU
+        self.engine.wake()
+
+    def stop(self) -> None:
+        """Ends what runs outside this process."""
+        if self.serving is not None:
+            self.serving.stop()
 
 
 def assemble(config: RunConfig, live: LiveTable) -> Run:
@@ -104,18 +144,36 @@ def assemble(config: RunConfig, live: LiveTable) -> Run:
     _check_context(max_context, loaded.model)
     if draft_config.enabled:
         models.check_draftable(loaded.model)
-    engine = EmbeddedEngine(
-        loaded.model,
-        None,
-        tokenizer=loaded.tokenizer,
-        eos_ids=loaded.eos_ids,
-        dtype=loaded.dtype,
-        rule=rollout.rule,
-        max_batch=draft_config.max_batch,
-        max_running=rollout.max_running,
-        max_context=max_context,
-        prefill_chunk_tokens=rollout.prefill_chunk_tokens,
-    )
+    with ExitStack() as stack:
+        run = _assemble(config, live, out, loaded, source, scorer, saved, max_context, stack)
+        stack.pop_all()
+    return run
+
+
+def _assemble(
+    config: RunConfig,
+    live: LiveTable,
+    out: Path,
+    loaded: models.Loaded,
+    source: PromptSource,
+    scorer: Scorer,
+    saved: checkpoint.Checkpoint | None,
+    max_context: int,
+    stack: ExitStack,
+) -> Run:
+    """What starts servers and trains; `stack` ends the servers if it does not come to its end."""
+    rollout, draft_config = config.rollout, config.draft
+    engine: Engine
+    serving: Serving | None = None
+    if rollout.engine == "sglang":
+        live.phase("starting servers")
+        serving = Serving(config, loaded, out / "serve", max_context, lambda: _untrained(loaded))
+        stack.callback(serving.stop)
+        serving.start()
+        engine, syncer = serving.fleet, serving.syncer
+        syncer.self_test(engine.members(), version=0, target=_untrained(loaded).target)
+    else:
+        engine, syncer = _embedded(config, loaded, max_context), Syncer(InProcess())
     draft = cost = None
     plain: list[Sample] = []
     # taken in a run without a draft too: the policy sees the same prompts either way
@@ -142,7 +200,11 @@ def assemble(config: RunConfig, live: LiveTable) -> Run:
             losses.append(terms.draft)
             live.phase("warm start of the draft", len(losses), draft_config.warmup_steps)
         trainer.freeze_draft()
-    if draft is not None:
+    if draft is not None and serving is not None:
+        head = models.head_weight(loaded.model)
+        serving.attach_draft(draft, dict(served_tensors(draft, head)), draft_config.num_steps)
+    elif draft is not None:
+        assert isinstance(engine, EmbeddedEngine)
         engine.attach_draft(draft)
         engine.set_draft_depth(draft_config.num_steps)
     run = Run(
@@ -153,14 +215,37 @@ def assemble(config: RunConfig, live: LiveTable) -> Run:
         scorer=scorer,
         trainer=trainer,
         engine=engine,
-        syncer=Syncer(InProcess()),
+        serving=serving,
+        syncer=syncer,
         cost=cost,
         step=0 if saved is None else saved.step,
         time_s=0.0 if saved is None else saved.values["time_s"],
         warmup_losses=tuple(losses),
     )
+    if serving is not None:
+        serving.weights = run.weights
     run.push(self_test=True)
     return run
+
+
+def _embedded(config: RunConfig, loaded: models.Loaded, max_context: int) -> EmbeddedEngine:
+    return EmbeddedEngine(
+        loaded.model,
+        None,
+        tokenizer=loaded.tokenizer,
+        eos_ids=loaded.eos_ids,
+        dtype=loaded.dtype,
+        rule=config.rollout.rule,
+        max_batch=config.draft.max_batch,
+        max_running=config.rollout.max_running,
+        max_context=max_context,
+        prefill_chunk_tokens=config.rollout.prefill_chunk_tokens,
+    )
+
+
+def _untrained(loaded: models.Loaded) -> Weights:
+    """What servers serve before there is a trainer."""
+    return Weights(version=0, target={name: p.detach() for name, p in loaded.model.named_parameters()})
 
 
 def sampling(config: RunConfig) -> Sampling:
@@ -191,10 +276,10 @@ def _check_context(max_context: int, model: Any) -> None:
 
 
 def _plain_rollouts(
-    engine: EmbeddedEngine, prompts: Sequence[Prompt], config: RunConfig, live: LiveTable
+    engine: Engine, prompts: Sequence[Prompt], config: RunConfig, live: LiveTable
 ) -> tuple[list[Sample], CostModel]:
     """One response to each prompt, and the cost model of the engine, its error measured on them."""
-    cost = calibrate(engine, max((p.tokens for p in prompts), key=len))
+    cost = calibrate(engine, max((p.tokens for p in prompts), key=len), served=config.rollout.engine == "sglang")
     requests = [
         Request(id=str(i), tokens=p.tokens, sampling=sampling(config), seed=seed_of(config.seed, "plain", i))
         for i, p in enumerate(prompts)
@@ -204,7 +289,7 @@ def _plain_rollouts(
     engine.take_times()
     out = engine.generate(requests, lambda _: live.phase("rollouts without speculation", next(done), len(requests)))
     times = engine.take_times()
-    rows = min(engine.max_running, len(out))
+    rows = min(engine.max_running * len(engine.members()), len(out))
     cost = cost.checked(times.verify_s + times.other_s, [len(c.tokens) for c in out], rows)
     return [Sample(prompt=p, index=0, completion=c, reward=0.0) for p, c in zip(prompts, out, strict=True)], cost
 

@@ -6,7 +6,10 @@ Invariant: it changes nothing in the run's directory but `bench.json` and the ro
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +20,36 @@ from rich.table import Table
 from miles_spec import checkpoint
 from miles_spec.assemble import Run, assemble, sampling, seed_of
 from miles_spec.config import RunConfig
+from miles_spec.draft.modules import DraftHead
 from miles_spec.live import LiveTable
 from miles_spec.provenance import check, write_result
-from miles_spec.rollout.bench import PLAIN, Row, as_json, compare
+from miles_spec.rollout.bench import PLAIN, Row, as_json, compare, embedded_modes
+from miles_spec.rollout.embedded import EmbeddedEngine
+from miles_spec.rollout.engine import Engine
 from miles_spec.tracking import write_summary
 from miles_spec.types import Request
 
 BATCHES = (1, 2, 4, 8)
+SERVED_BATCHES = (1, 8, 32, 128)
 TURNS = 3
 REQUESTS = 16
+SHARE_OF_MEMORY = 0.3
+"""Of what is free, for each of two servers on one GPU."""
+
+Modes = Mapping[str, Callable[[], Engine]]
 
 
 def rollout(
     config: RunConfig,
     result: Path | None,
     *,
-    batches: Sequence[int] = BATCHES,
+    batches: Sequence[int] = (),
     turns: int = TURNS,
     requests: int = REQUESTS,
 ) -> list[Row]:
     """Prints the comparison for the run that `config` describes, and writes it into the run's directory.
 
-    With `result` it is also written there, as a benchmark's result. Raises `ValueError` if the run has no checkpoint
+    Without `batches`, `BATCHES` are timed, with SGLang servers `SERVED_BATCHES`. With `result` it is also written there, as a benchmark's result. Raises `ValueError` if the run has no checkpoint
     to take the weights from, or no draft.
     """
     out = Path(config.out)
@@ -46,10 +57,16 @@ def rollout(
         raise ValueError("bench rollout compares drafts, and draft.enabled is false")
     if not checkpoint.steps(out):
         raise ValueError(f"{out} has no checkpoint to take policy and drafts from; run `miles-spec train` first")
+    served = config.rollout.engine == "sglang"
+    batches = batches or (SERVED_BATCHES if served else BATCHES)
+    if served:
+        config = _with_two_servers(config, max(batches))
     console = Console()
-    with LiveTable(steps=config.steps, console=console) as live:
-        run = assemble(config, live)
-    with Progress(console=console, transient=True) as bar:
+    with ExitStack() as stack:
+        with LiveTable(steps=config.steps, console=console) as live:
+            run = assemble(config, live)
+        stack.callback(run.stop)
+        bar = stack.enter_context(Progress(console=console, transient=True))
         task = bar.add_task("timing rollouts", total=None)
         rows = measure(run, batches, turns, requests, lambda done, total: bar.update(task, completed=done, total=total))
     console.print(table(rows))
@@ -64,17 +81,63 @@ def rollout(
     return rows
 
 
+def _with_two_servers(config: RunConfig, batch: int) -> RunConfig:
+    """Room for `batch` sequences, and for a second server beside the first."""
+    sglang = config.sglang
+    if "mem_fraction_static" not in {name.replace("-", "_") for name in sglang}:
+        sglang = {**sglang, "mem_fraction_static": SHARE_OF_MEMORY}
+    rollout = replace(config.rollout, max_running=max(config.rollout.max_running, batch))
+    return replace(config, rollout=rollout, fleet=replace(config.fleet, release=False), sglang=sglang)
+
+
 def measure(run: Run, batches: Sequence[int], turns: int, requests: int, progress: Any = None) -> list[Row]:
     """The rows for prompts that come next in the run's data."""
     draft = run.trainer.draft
     assert draft is not None and draft.frozen is not None
-    prompts = run.source.take(requests)
+    prompts = run.source.take(max(requests, 2 * max(batches)))
     asked = [
         Request(id=str(i), tokens=p.tokens, sampling=sampling(run.config), seed=seed_of(run.config.seed, "bench", i))
         for i, p in enumerate(prompts)
     ]
     drafts = {"frozen": draft.frozen, "cotrained": draft.draft}
-    return compare(run.engine, drafts, asked, batches=batches, turns=turns, progress=progress)
+    modes = served_modes if run.serving is not None else _embedded_modes
+    with modes(run, drafts) as ready:
+        return compare(ready, asked, batches=batches, turns=turns, least=requests, progress=progress)
+
+
+def _embedded_modes(run: Run, drafts: Mapping[str, DraftHead]) -> AbstractContextManager[Modes]:
+    assert isinstance(run.engine, EmbeddedEngine)
+    return embedded_modes(run.engine, drafts)
+
+
+@contextmanager
+def served_modes(run: Run, drafts: Mapping[str, DraftHead]) -> Iterator[Modes]:
+    """Servers without a draft beside those of the run, into which each draft is pushed in its turn.
+
+    All are up at the same time, so that modes are timed turn by turn; those that wait cost memory and no time.
+    """
+    assert run.serving is not None
+    config = replace(run.config, draft=replace(run.config.draft, enabled=False))
+    plain = run.serving.beside(config, run.out / "serve-plain")
+
+    def drafted(draft: DraftHead) -> Engine:
+        now = run.weights()
+        run.syncer.push(
+            run.engine.members(),
+            version=now.version,
+            target=now.target,
+            draft_version=now.draft_version,
+            draft=run.draft_weights(draft),
+        )
+        return run.engine
+
+    try:
+        plain.start()
+        now = run.weights()
+        plain.syncer.push(plain.fleet.members(), version=now.version, target=now.target)
+        yield {PLAIN: lambda: plain.fleet} | {name: partial(drafted, draft) for name, draft in drafts.items()}
+    finally:
+        plain.stop()
 
 
 def table(rows: Sequence[Row]) -> Table:

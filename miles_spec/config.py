@@ -27,6 +27,9 @@ class ModelConfig:
     """Of forward passes; weights and moments of the optimizer are always float32. `auto`: bfloat16 on a GPU and on a
     CPU with bfloat16 instructions, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    widen: float = 0.0
+    """Weights to widen the model to without changing what it computes, to measure a small model at a realistic cost; 0
+    takes it as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +78,10 @@ class RewardConfig:
 class RolloutConfig:
     """`[rollout]`: how responses are sampled."""
 
-    engine: Literal["embedded"] = "embedded"
-    """`embedded` decodes in the process of the run."""
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """`embedded` decodes in the process of the run; `sglang` in servers, which `[fleet]` and `[sglang]` describe."""
+    urls: tuple[str, ...] = ()
+    """Servers that run already, as `http://HOST:PORT`, from `miles-spec rollout serve`; none starts them here."""
     prompts_per_step: int = 8
     samples_per_prompt: int = 8
     temperature: float = 1.0
@@ -93,7 +98,7 @@ class RolloutConfig:
     """How drafted tokens are accepted; none changes what the policy samples. `auto`: greedy at temperature 0, else
     target."""
     max_running: int = 32
-    """Sequences decoded together."""
+    """Sequences decoded together by one engine."""
     max_context: int = 0
     """Tokens of prompt and response together; 0 takes `data.max_prompt_tokens + max_new_tokens`."""
     prefill_chunk_tokens: int = 512
@@ -105,6 +110,42 @@ class RolloutConfig:
         if self.verify != "auto":
             return self.verify
         return "target" if self.temperature else "greedy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetConfig:
+    """`[fleet]`: the servers of `rollout.engine = "sglang"`."""
+
+    engines: int = 1
+    """Servers to start."""
+    gpus: tuple[int, ...] = ()
+    """Indices of the GPUs they take, in turn, each as many as `tp_size` of `[sglang]` says; none: those of the run, from
+    the first on."""
+    host: str = "127.0.0.1"
+    """Address that servers listen on, and the run for their receipts. All else than loopback lets others on the network
+    reach them, behind random keys."""
+    launch: tuple[str, ...] = ()
+    """Command that starts a server, its arguments appended; none: this Python's `-m miles_spec.rollout.launch`. For an
+    SGLang that has a Python of its own."""
+    transport: Literal["auto", "ipc", "nccl", "gloo", "disk"] = "auto"
+    """How weights travel. `auto`: `ipc` (memory of the same GPU, or of the same host on a CPU) where servers and trainer
+    share their device, else `nccl`; `disk` for servers that share only a folder."""
+    folder: str = ""
+    """Where `disk` writes; "" for a folder within `out`."""
+    release: bool = True
+    """Servers on the trainer's GPU give their memory back while it trains."""
+    margin_gb: float = 8.0
+    """GPU memory that servers leave free beside the trainer, unless `[sglang]` sets `mem_fraction_static`."""
+    bucket_mb: int = 256
+    """Size of what is sent at a time; on a GPU twice that is kept for it."""
+    start_timeout_s: float = 900.0
+    """For a server to come up, and for a rollout to wait for one when all are gone."""
+    request_timeout_s: float = 900.0
+    """For one response; a later one is aborted and asked for again."""
+    probe_s: float = 2.0
+    """Between probes of each server while responses are made."""
+    dead_after_s: float = 20.0
+    """A server that answers no probe for so long is restarted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +267,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -249,6 +291,10 @@ _AT_LEAST = {
     "rollout.max_running": 1,
     "rollout.max_context": 0,
     "rollout.prefill_chunk_tokens": 1,
+    "model.widen": 0,
+    "fleet.engines": 1,
+    "fleet.margin_gb": 0,
+    "fleet.bucket_mb": 1,
     "draft.max_batch": 0,
     "draft.vocab_size": 0,
     "draft.ramp_steps": 1,
@@ -270,7 +316,15 @@ _AT_LEAST = {
     "checkpoint.keep": 1,
     "tracking.samples": 0,
 }
-_ABOVE_ZERO = ("reward.timeout_s", "draft.clip", "train.clip")
+_ABOVE_ZERO = (
+    "reward.timeout_s",
+    "fleet.start_timeout_s",
+    "fleet.request_timeout_s",
+    "fleet.probe_s",
+    "fleet.dead_after_s",
+    "draft.clip",
+    "train.clip",
+)
 _NOT_EMPTY = {
     "out": "name the directory of the run",
     "model.path": "name a Hugging Face folder, or `smollm2`",
@@ -278,6 +332,7 @@ _NOT_EMPTY = {
     "data.prompt_column": "name the column of the prompts",
     "reward.kind": "name a reward",
     "draft.family": "name a draft family",
+    "fleet.host": "name the address that servers listen on",
 }
 _BETWEEN = {
     "rollout.top_p": (0, 1, "give a probability above 0, at most 1"),
@@ -324,6 +379,7 @@ def validate(config: RunConfig) -> None:
         "draft.num_steps",
         "nothing would be drafted; give 1 to 16, or set draft.enabled = false",
     )
+    _validate_servers(config, need)
     _validate_train(config.train, config.rollout, need)
 
 
@@ -357,6 +413,22 @@ def _validate_rollout(rollout: RolloutConfig, max_prompt_tokens: int, need: _Nee
         rollout.max_context == 0 or rollout.max_context >= longest,
         "rollout.max_context",
         f"data.max_prompt_tokens and rollout.max_new_tokens come to {longest}; give 0 or at least that",
+    )
+
+
+def _validate_servers(config: RunConfig, need: _Need) -> None:
+    rollout, fleet = config.rollout, config.fleet
+    served = rollout.engine == "sglang"
+    need(served or not rollout.urls, "rollout.urls", 'only SGLang servers are joined; set rollout.engine = "sglang"')
+    for url in rollout.urls:
+        need(re.fullmatch(r"https?://[^/]+/?", url) is not None, "rollout.urls", "write each as http://HOST:PORT")
+    need(len(set(rollout.urls)) == len(rollout.urls), "rollout.urls", "name each server once")
+    need(all(g >= 0 for g in fleet.gpus), "fleet.gpus", "give indices from 0 on")
+    need(len(set(fleet.gpus)) == len(fleet.gpus), "fleet.gpus", "name each GPU once")
+    need(
+        not served or not config.draft.enabled or config.draft.max_batch == 0,
+        "draft.max_batch",
+        'a running SGLang server cannot switch speculation off by batch size; set 0, or rollout.engine = "embedded"',
     )
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,8 +34,9 @@ def train(config: RunConfig) -> Path:
     Ctrl-C ends the run after the step at hand and saves; a second one ends it at once. A step that fails loses nothing
     before it: the state after the last whole step is saved, then the error is raised.
     """
-    with LiveTable(steps=config.steps) as live, _interruptible() as interrupted:
+    with LiveTable(steps=config.steps) as live, _interruptible() as interrupted, ExitStack() as stack:
         run = assemble(config, live)
+        stack.callback(run.stop)
         begun, step, cursor = time.perf_counter() - run.time_s, run.step, run.source.state()
         saved, saving_s = step, 0.0
         stepping, whole = False, (run.trainer.version, run.trainer.draft_version)
@@ -47,11 +48,15 @@ def train(config: RunConfig) -> Path:
             try:
                 while step < config.steps and not interrupted():
                     groups = sample(run, step + 1, live)
+                    sampled = time.perf_counter()
+                    run.engine.release()
                     live.phase("training")
                     started, stepping = time.perf_counter(), True
                     terms = optimize(run, groups)
                     trained = time.perf_counter()
                     live.phase("sync")
+                    run.wake()
+                    awake = time.perf_counter()
                     receipts, refused = _push(run)
                     synced = time.perf_counter()
                     step, cursor = step + 1, run.source.state()
@@ -60,7 +65,8 @@ def train(config: RunConfig) -> Path:
                         "time_s": synced - begun,
                         **groups.metrics,
                         **training_metrics(terms, trained - started, groups.metrics.get("accept_length")),
-                        **sync_metrics(receipts, synced - trained),
+                        **sync_metrics(receipts, synced - awake),
+                        "seconds_memory": started - sampled + awake - trained,
                         "seconds_checkpoint": saving_s,
                     }
                     shown = tuple(groups.samples[: config.tracking.samples])
@@ -120,12 +126,13 @@ def _with_logprobs(run: Run, batches: list[PackedBatch], *, old: bool) -> list[P
 def _push(run: Run) -> tuple[list[Receipt], TargetSyncError | None]:
     """Sends the weights; the receipts, and what ends the run if the target's is bad.
 
-    It is not raised here since the trainer's step is whole: it is recorded and saved first.
+    It is not raised here since the trainer's step is whole: it is recorded and saved first. Servers that do not verify
+    do not end the run: they generate nothing before a push to them has verified, which the next rollout tries first.
     """
     try:
         return run.push(), None
     except TargetSyncError as error:
-        return [error.receipt], error
+        return list(error.receipts), error if run.serving is None else None
 
 
 def _forget_results(out: Path) -> None:

@@ -40,6 +40,8 @@ def rollout_metrics(
         "rollout_seconds_draft": times.draft_s,
         "rollout_seconds_verify": times.verify_s,
         "rollout_seconds_other": times.other_s,
+        "engine_restarts": times.restarts,
+        "requests_requeued": times.requeued,
     }
     if cost is None:
         return metrics
@@ -100,7 +102,7 @@ def sync_metrics(receipts: Sequence[Receipt], wall_s: float) -> dict[str, Any]:
         "receipts_verified": sum(r.verified for r in receipts),
         "receipts_failed": sum(not r.verified for r in receipts),
         "seconds_sync": wall_s,
-        **{f"{r.role}_version": r.version for r in receipts},
+        **{f"{role}_version": version for role, version in sorted({(r.role, r.version) for r in receipts})},
     }
 
 
@@ -124,7 +126,7 @@ def summary(lines: Sequence[Mapping[str, Any]], bench: Sequence[Mapping[str, Any
         accepted = sum(line.get(f"accepted_tokens{of}") or 0 for line in tail)
         return 1 + accepted / verify_steps if verify_steps else None
 
-    phases = ("rollout", "reward", "train", "draft", "sync", "checkpoint")
+    phases = ("rollout", "reward", "train", "draft", "memory", "sync", "checkpoint")
     seconds = {phase: sum(line.get(f"seconds_{phase}") or 0.0 for line in steps) for phase in phases}
     rollout_s = seconds["rollout"]
     tokens = sum(line["tokens_per_s"] * line["seconds_rollout"] for line in steps)

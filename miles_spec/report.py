@@ -172,11 +172,14 @@ def _samples(run: Run) -> str:
 
 
 def _sample(sample: Mapping[str, Any]) -> str:
+    # empty where the engine does not tell which tokens were drafted
     accepted = [bool(flag) for flag in sample["accepted"]]
     reward = number(sample["reward"], "samples.jsonl: reward")
-    shares = f"{sum(accepted)} of {len(accepted)} tokens accepted"
-    facts = [f"reward {_figure(reward)}", f"ended by {sample['finish']}", shares]
-    body = "".join(_piece(piece, flag) for piece, flag in zip(sample["pieces"], accepted, strict=True))
+    facts = [f"reward {_figure(reward)}", f"ended by {sample['finish']}"]
+    if accepted:
+        facts.append(f"{sum(accepted)} of {len(accepted)} tokens accepted")
+    marks = accepted or [False] * len(sample["pieces"])
+    body = "".join(_piece(piece, flag) for piece, flag in zip(sample["pieces"], marks, strict=True))
     return (
         f'<article><p class="facts">{html.escape(" · ".join(facts))} <small>{html.escape(str(sample["prompt_id"]))}'
         f'</small></p><pre class="prompt">{html.escape(sample["prompt"])}</pre><pre class="text">{body}</pre></article>'

@@ -61,7 +61,7 @@ def read(run_dir: Path) -> Run:
     for number, line in enumerate(samples, 1):
         if missing := sorted(SAMPLE_KEYS - line.keys()):
             raise ValueError(f"{run_dir / 'samples.jsonl'}, line {number}: missing {', '.join(missing)}")
-        if len(line["pieces"]) != len(line["accepted"]):
+        if line["accepted"] and len(line["pieces"]) != len(line["accepted"]):
             raise ValueError(f"{run_dir / 'samples.jsonl'}, line {number}: `pieces` and `accepted` differ in length")
 
     config_text, config = "", {}

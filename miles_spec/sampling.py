@@ -63,7 +63,8 @@ def sample(run: Run, step: int, live: LiveTable) -> Groups:
         if len(kept) == rollout.prompts_per_step:
             break
     times, served = run.engine.take_times(), run.engine.versions()
-    metrics = rollout_metrics([s for g in kept for s in g], times, generating, calls, run.cost, rollout.max_running)
+    rows = rollout.max_running * max(1, len(run.engine.members()))
+    metrics = rollout_metrics([s for g in kept for s in g], times, generating, calls, run.cost, rows)
     metrics |= {"groups_dropped": dropped, "seconds_reward": scoring}
     if "draft" in served:
         metrics["draft_age"] = run.trainer.draft_version - served["draft"]

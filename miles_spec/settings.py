@@ -47,7 +47,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         ("sglang", "rollout.engine", config.rollout.engine),
         ("megatron", "train.backend", config.train.backend),
     ):
-        if getattr(config, table):
+        if getattr(config, table) and table != backend:
             _note(f'{key} is "{backend}", so [{table}] has no effect')
     validate(config)
     return config
@@ -265,7 +265,8 @@ def _known(package: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _names(package: str) -> dict[str, str] | None:
     """Every argument name of the package to the field it sets; None where it is not installed."""
-    if importlib.util.find_spec(package) is None:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:  # a folder of that name without an `__init__.py` is not the package
         return None
     try:
         return _sglang_names() if package == "sglang" else _megatron_names()

@@ -127,7 +127,7 @@ class Completion:
     """`[n]` natural log-probability of each token under the target at the request's temperature (at 1 if that is 0),
     before top-p and top-k."""
     accepted: tuple[bool, ...]
-    """`[n]` True where the token was proposed by the draft and accepted."""
+    """`[n]` True where the token was proposed by the draft and accepted; empty where the engine does not tell."""
     versions: tuple[VersionSpan, ...]
     """Contiguous, covering `0..n`."""
     spec: SpecCounts
@@ -275,6 +275,10 @@ class EngineTimes:
     """Sampling, acceptance and bookkeeping."""
     tokens: int = 0
     """Response tokens produced."""
+    restarts: int = 0
+    """Servers that died and came back."""
+    requeued: int = 0
+    """Requests made again because their server died or was late."""
 
     @property
     def total_s(self) -> float:

@@ -1,6 +1,6 @@
-"""Does speculation pay here: the same requests through one engine, without a draft and with each of several.
+"""Does speculation pay here: the same requests without a draft and with each of several.
 
-Invariant: all modes decode the same requests with the same seeds on the same engine in one run, turn by turn, so that
+Invariant: all modes decode the same requests with the same seeds on the same device in one run, turn by turn, so that
 what else the machine does falls on all alike; tokens are counted, not assumed.
 """
 
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from miles_spec.draft.modules import DraftHead
 from miles_spec.rollout.embedded import EmbeddedEngine
+from miles_spec.rollout.engine import Engine
 from miles_spec.types import Completion, Request, SpecCounts
 
 PLAIN = "plain"
@@ -36,65 +39,87 @@ class Row:
     speedup: float
     """`tokens_per_s` over that of `plain` at the same batch size."""
     same_responses: float
-    """Share of responses equal to those of `plain`, token by token: 1 under the rules `greedy` and `target`, but for
-    floating-point ties; under `rejection` only the distribution is the same."""
+    """Share of responses equal to those of `plain`, token by token. On the embedded engine 1 under the rules `greedy`
+    and `target`, but for floating-point ties; under `rejection`, and where servers sample, only the distribution is the
+    same."""
 
 
 def compare(
-    engine: EmbeddedEngine,
-    drafts: Mapping[str, DraftHead],
+    modes: Mapping[str, Callable[[], Engine]],
     requests: Sequence[Request],
     *,
     batches: Sequence[int],
     turns: int = 3,
+    least: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
-    """Times `requests` in every mode, `plain` and one for each of `drafts`, at every batch size, `turns` times.
+    """Times requests in every mode, of which `plain` is one, at every batch size, `turns` times.
 
-    The engine drafts at the depth it is set to, whatever the batch size, and is left with the last draft attached.
+    A mode is a function that returns the engine, ready to decode in that mode. At batch size `b` the first
+    `max(least, 2 * b)` of `requests` are decoded, at most `b` at a time.
     """
-    depth, most = engine.draft_depth, engine.max_running
-    modes = [PLAIN, *drafts]
     rows: list[Row] = []
     done, total = 0, len(batches) * turns * len(modes)
-    try:
-        for batch in batches:
-            engine.max_running = batch
-            rates: dict[str, list[float]] = {m: [] for m in modes}
-            outputs: dict[str, list[Completion]] = {}
-            for _ in range(turns):
-                for mode in modes:
-                    if mode in drafts:
-                        engine.attach_draft(drafts[mode])
-                    engine.set_draft_depth(depth if mode in drafts else 0)
-                    engine.generate(requests[:batch])  # buffers are made and caches warm
+    for batch in batches:
+        asked = requests[: max(least, 2 * batch)]
+        warm = [replace(r, sampling=replace(r.sampling, max_new_tokens=2)) for r in asked[:batch]]
+        rates: dict[str, list[float]] = {m: [] for m in modes}
+        outputs: dict[str, list[Completion]] = {}
+        for _ in range(turns):
+            for mode, ready in modes.items():
+                engine = ready()
+                most = engine.max_running
+                engine.max_running = batch
+                try:
+                    engine.generate(warm)  # buffers are made and caches warm
                     start = time.perf_counter()
-                    outputs[mode] = engine.generate(requests)
+                    outputs[mode] = engine.generate(asked)
                     seconds = time.perf_counter() - start
-                    rates[mode].append(sum(len(c.tokens) for c in outputs[mode]) / seconds)
-                    done += 1
-                    if progress is not None:
-                        progress(done, total)
-            plain = statistics.median(rates[PLAIN])
-            for mode in modes:
-                counts = sum((c.spec for c in outputs[mode]), SpecCounts())
-                same = sum(a.tokens == b.tokens for a, b in zip(outputs[mode], outputs[PLAIN], strict=True))
-                rows.append(
-                    Row(
-                        mode=mode,
-                        batch=batch,
-                        tokens=sum(len(c.tokens) for c in outputs[mode]),
-                        tokens_per_s=statistics.median(rates[mode]),
-                        tokens_per_s_turns=tuple(rates[mode]),
-                        accept_length=counts.accept_length if counts.verify_steps else None,
-                        speedup=statistics.median(rates[mode]) / plain,
-                        same_responses=same / len(requests),
-                    )
+                finally:
+                    engine.max_running = most
+                rates[mode].append(sum(len(c.tokens) for c in outputs[mode]) / seconds)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+        plain = statistics.median(rates[PLAIN])
+        for mode in modes:
+            counts = sum((c.spec for c in outputs[mode]), SpecCounts())
+            same = sum(a.tokens == b.tokens for a, b in zip(outputs[mode], outputs[PLAIN], strict=True))
+            rows.append(
+                Row(
+                    mode=mode,
+                    batch=batch,
+                    tokens=sum(len(c.tokens) for c in outputs[mode]),
+                    tokens_per_s=statistics.median(rates[mode]),
+                    tokens_per_s_turns=tuple(rates[mode]),
+                    accept_length=counts.accept_length if counts.verify_steps else None,
+                    speedup=statistics.median(rates[mode]) / plain,
+                    same_responses=same / len(asked),
                 )
-    finally:
-        engine.max_running = most
-        engine.set_draft_depth(depth)
+            )
     return rows
+
+
+@contextmanager
+def embedded_modes(
+    engine: EmbeddedEngine, drafts: Mapping[str, DraftHead]
+) -> Iterator[Mapping[str, Callable[[], Engine]]]:
+    """`plain` and one mode for each of `drafts`, on one engine, at the depth it is set to.
+
+    The engine is left at that depth, with the last draft attached.
+    """
+    depth = engine.draft_depth
+
+    def ready(draft: DraftHead | None) -> Engine:
+        if draft is not None:
+            engine.attach_draft(draft)
+        engine.set_draft_depth(0 if draft is None else depth)
+        return engine
+
+    try:
+        yield {PLAIN: partial(ready, None)} | {name: partial(ready, draft) for name, draft in drafts.items()}
+    finally:
+        engine.set_draft_depth(depth)
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

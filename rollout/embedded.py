@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class EmbeddedEngine:
-    """An `Engine` in this process. It owns copies of the weights, in the dtype it computes in."""
+    """An `Engine` in this process, and its only member. It owns copies of the weights, in the dtype it computes in."""
 
     def __init__(
         self,
@@ -107,6 +107,8 @@ class EmbeddedEngine:
             self._check(request)
         if self._updating is not None:
             raise RuntimeError(f"{self.name}: a weight update is open")
+        if self._versions["target"] < 0:
+            raise RuntimeError(f"{self.name}: its last weights were not verified; push again")
         limit = min(self.max_running, len(requests))
         self._reserve(limit)
         self._aborted = set()
@@ -150,19 +152,39 @@ class EmbeddedEngine:
 
     def take_times(self) -> EngineTimes:
         """See `Engine.take_times`."""
-        taken = EngineTimes(**self._times, tokens=self._tokens)
+        taken = EngineTimes(
+            prefill_s=self._times["prefill_s"],
+            draft_s=self._times["draft_s"],
+            verify_s=self._times["verify_s"],
+            other_s=self._times["other_s"],
+            tokens=self._tokens,
+        )
         self._times = dict.fromkeys(self._times, 0.0)
         self._tokens = 0
         return taken
 
-    # Engine: weights
+    def release(self) -> None:
+        """See `Engine.release`: its weights are few beside the trainer's, its buffers are kept."""
+
+    def wake(self) -> None:
+        """See `Engine.wake`."""
+
+    # Member: weights
+
+    def members(self) -> Sequence[EmbeddedEngine]:
+        """See `Engine.members`."""
+        return [self]
+
+    def leave(self, reason: str) -> None:
+        """See `Member.leave`."""
+        self._versions["target"] = -1
 
     def versions(self) -> Mapping[Role, int]:
-        """See `Engine.versions`."""
+        """See `Member.versions`."""
         return dict(self._versions)
 
     def manifest(self) -> Mapping[Role, Mapping[str, TensorMeta]]:
-        """See `Engine.manifest`."""
+        """See `Member.manifest`."""
         return {
             role: {
                 n: TensorMeta(shape=tuple(t.shape), dtype=str(t.dtype).removeprefix("torch.")) for n, t in of.items()
@@ -171,7 +193,7 @@ class EmbeddedEngine:
         }
 
     def begin_update(self, version: int, roles: Sequence[Role]) -> None:
-        """See `Engine.begin_update`."""
+        """See `Member.begin_update`."""
         if self._updating is not None:
             raise RuntimeError(f"{self.name}: a weight update is open already")
         if self._running:
@@ -180,7 +202,7 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def load_weights(self, role: Role, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """See `Engine.load_weights`."""
+        """See `LocalMember.load_weights`."""
         if self._updating is None or role not in self._updating[1]:
             raise RuntimeError(f"{self.name}: no update of role {role!r} is open")
         served = self._served()[role]
@@ -195,7 +217,7 @@ class EmbeddedEngine:
             served[name].copy_(tensor)
 
     def end_update(self) -> Mapping[Role, Mapping[str, str]]:
-        """See `Engine.end_update`."""
+        """See `Member.end_update`."""
         if self._updating is None:
             raise RuntimeError(f"{self.name}: no weight update is open")
         version, roles = self._updating

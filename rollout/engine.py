@@ -1,12 +1,14 @@
 """What every rollout engine offers; the loop and the sync session know engines only by this.
 
-Invariant: an engine never changes its weights except between `begin_update` and `end_update`.
+An `Engine` generates. Its `members` are what holds weights: an engine within this process is its own only member, a
+fleet of servers has one member per server. Invariant: a member never changes its weights except between `begin_update`
+and `end_update`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from miles_spec.types import Completion, EngineTimes, Request, Role, TensorMeta
 
@@ -15,12 +17,81 @@ if TYPE_CHECKING:
 
 
 @runtime_checkable
-class Engine(Protocol):
-    """Generates, and takes weights as the receiving end of a sync session."""
+class Member(Protocol):
+    """Serves one copy of the weights, as the receiving end of a sync session."""
 
     name: str
     draft_depth: int
     """Drafted tokens per block; 0 is plain decoding."""
+
+    def set_draft_depth(self, depth: int) -> None:
+        """Drafted tokens per block from now on; 0 is plain decoding. Raises `ValueError` without a draft.
+
+        A member that must restart for that serves nothing verified afterwards; `versions` says so.
+        """
+        ...
+
+    def versions(self) -> Mapping[Role, int]:
+        """The version of the weights served, by role; -1 where none was verified since it started."""
+        ...
+
+    def manifest(self) -> Mapping[Role, Mapping[str, TensorMeta]]:
+        """Every tensor it serves, by role and by its name in the exported checkpoint."""
+        ...
+
+    def begin_update(self, version: int, roles: Sequence[Role]) -> None:
+        """Opens a session. Raises `RuntimeError` while one is open or while requests run."""
+        ...
+
+    def end_update(self) -> Mapping[Role, Mapping[str, str]]:
+        """Closes the session and returns the digest of every tensor it now serves of the session's roles, by role and
+        name, computed from the served memory itself; safe to call after an error."""
+        ...
+
+    def leave(self, reason: str) -> None:
+        """Stops generating until a push of the target verifies: what it serves is not what was sent."""
+        ...
+
+
+@runtime_checkable
+class LocalMember(Member, Protocol):
+    """A member within this process, which takes tensors as they are."""
+
+    def load_weights(self, role: Role, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies one bucket. Raises `ValueError` that names a tensor of unknown name or wrong shape."""
+        ...
+
+
+@runtime_checkable
+class RemoteMember(Member, Protocol):
+    """A member in other processes, which is told where its tensors lie."""
+
+    ranks: int
+    """Processes that hold its weights, each with all of them or a shard."""
+
+    def deliver(self, command: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Has every rank obey `command` within the open session; the first rank's answer, or the first fault's.
+
+        Raises `ConnectionError` when a rank is gone and `TimeoutError` when it does not answer.
+        """
+        ...
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Generates."""
+
+    name: str
+    draft_depth: int
+    """Drafted tokens per block; 0 is plain decoding."""
+    max_running: int
+    """Sequences decoded together by one member; may be set between two calls of `generate`."""
+    max_context: int
+    """Tokens of prompt and response together."""
+
+    def members(self) -> Sequence[Member]:
+        """What holds weights and can take a push now."""
+        ...
 
     def generate(
         self, requests: Sequence[Request], on_done: Callable[[Completion], None] | None = None
@@ -36,30 +107,21 @@ class Engine(Protocol):
         ...
 
     def set_draft_depth(self, depth: int) -> None:
-        """Drafted tokens per block from now on; 0 is plain decoding. Raises `ValueError` without a draft."""
+        """See `Member.set_draft_depth`, for all members."""
         ...
 
     def versions(self) -> Mapping[Role, int]:
-        """The version of the weights served, by role."""
-        ...
-
-    def manifest(self) -> Mapping[Role, Mapping[str, TensorMeta]]:
-        """Every tensor it serves, by role and by its name in the exported checkpoint."""
-        ...
-
-    def begin_update(self, version: int, roles: Sequence[Role]) -> None:
-        """Opens a session. Raises `RuntimeError` while one is open or while requests run."""
-        ...
-
-    def load_weights(self, role: Role, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copies one bucket. Raises `ValueError` that names a tensor of unknown name or wrong shape."""
-        ...
-
-    def end_update(self) -> Mapping[Role, Mapping[str, str]]:
-        """Closes the session and returns the digest of every tensor it now serves of the session's roles, by role and
-        name, computed from the served memory itself; safe to call after an error."""
+        """The version of the weights that generate, by role."""
         ...
 
     def take_times(self) -> EngineTimes:
         """Times and tokens since the last call, then starts again from zero."""
+        ...
+
+    def release(self) -> None:
+        """Gives back what memory it can until `wake`, for a trainer on the same GPU; without effect elsewhere."""
+        ...
+
+    def wake(self) -> None:
+        """Takes its memory again, after `release`; its weights must be pushed before it generates."""
         ...

@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING
 
+from miles_spec.rollout.engine import Engine
 from miles_spec.types import Request, Sampling
-
-if TYPE_CHECKING:
-    from miles_spec.rollout.embedded import EmbeddedEngine
 
 _STEPS = 6
 """Decoding steps that one batch size is timed for at a time; fewer in a context that has no room."""
+_SERVED_STEPS = 96
+"""The same for an engine that does not tell prefill from decoding: the difference of two calls needs more of them."""
 _TURNS = 3
 """Times that each batch size is timed."""
 
@@ -29,6 +28,8 @@ class CostModel:
 
     step_s: tuple[tuple[int, float], ...]
     """Batch size and measured seconds of a step, ascending."""
+    start_s: float = 0.0
+    """Seconds before the first token, per request, of an engine that does not tell prefill from decoding; else 0."""
     error: float = float("nan")
     """Relative error on a real plain rollout, predicted over measured minus 1; NaN before `checked`."""
 
@@ -46,11 +47,11 @@ class CostModel:
     def decode_seconds(self, lengths: Sequence[int], rows: int) -> float:
         """Seconds to decode responses of `lengths` tokens in this order, `rows` at a time, a freed row taken at once.
 
-        The first token of each response comes from prefill and is not decoded.
+        The first token of each response comes from prefill and is not decoded; what it costs is `start_s`.
         """
         waiting = [n - 1 for n in reversed(lengths) if n > 1]
         running: list[int] = []
-        seconds = 0.0
+        seconds = self.start_s * len(lengths)
         while waiting or running:
             while waiting and len(running) < rows:
                 running.append(waiting.pop())
@@ -68,28 +69,38 @@ class CostModel:
         return replace(self, error=self.decode_seconds(lengths, rows) / measured_s - 1)
 
 
-def calibrate(engine: EmbeddedEngine, prompt: Sequence[int]) -> CostModel:
-    """Times plain decoding of `engine` after `prompt`, cut to fit, at batch sizes 1, 2, 4, ... up to `max_running`."""
+def calibrate(engine: Engine, prompt: Sequence[int], *, served: bool = False) -> CostModel:
+    """Times plain decoding of `engine`, which must be set to that, after `prompt`, cut to fit, at batch sizes 1, 2, 4,
+    ... up to `max_running`.
+
+    An engine that is `served` by other processes tells only how long a call took: there a step is the difference
+    between long and short responses, and what the short ones cost is `CostModel.start_s`.
+    """
     # a prompt of one token and the response's first, which prefill makes, are there before any step
-    most = min(_STEPS, engine.max_context - 2)
+    most = min(_SERVED_STEPS if served else _STEPS, engine.max_context - 2)
     if most < 1:
         return CostModel(step_s=((1, 0.0),))
-    depth = engine.draft_depth
-    engine.set_draft_depth(0)
+    prompt_tokens = tuple(prompt[: engine.max_context - most - 1])
+
+    def seconds(size: int, tokens: int) -> float:
+        sampling = Sampling(max_new_tokens=tokens, ignore_eos=True)
+        requests = [Request(id=str(i), tokens=prompt_tokens, sampling=sampling, seed=i) for i in range(size)]
+        engine.take_times()
+        engine.generate(requests)
+        times = engine.take_times()
+        return times.verify_s + times.other_s
+
     sizes = sorted({min(2**i, engine.max_running) for i in range(engine.max_running.bit_length() + 1)})
     turns: dict[int, list[float]] = {size: [] for size in sizes}
-    try:
-        # sizes in turn, and the median over turns: a burst of other work on the machine spoils no size for good
-        for turn in range(_TURNS + 1):
-            for size in sizes:
-                sampling = Sampling(max_new_tokens=most + 1, ignore_eos=True)
-                prompt_tokens = tuple(prompt[: engine.max_context - most - 1])
-                requests = [Request(id=str(i), tokens=prompt_tokens, sampling=sampling, seed=i) for i in range(size)]
-                engine.take_times()
-                engine.generate(requests)
-                times = engine.take_times()
-                if turn:  # the first makes buffers and warms caches
-                    turns[size].append((times.verify_s + times.other_s) / most)
-    finally:
-        engine.set_draft_depth(depth)
-    return CostModel(step_s=tuple((size, median(seconds)) for size, seconds in turns.items()))
+    starts: dict[int, list[float]] = {size: [] for size in sizes}
+    # sizes in turn, and the median over turns: a burst of other work on the machine spoils no size for good
+    for turn in range(_TURNS + 1):
+        for size in sizes:
+            start = seconds(size, 1) if served else 0.0
+            whole = seconds(size, most + 1)
+            if turn:  # the first makes buffers and warms caches
+                turns[size].append(max(whole - start, 0.0) / most)
+                starts[size].append(start / size)
+    return CostModel(
+        step_s=tuple((size, median(steps)) for size, steps in turns.items()), start_s=median(starts[sizes[-1]])
+    )

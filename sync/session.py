@@ -1,46 +1,69 @@
 """Pushes weights into engines and proves, by digests, that they arrived.
 
-A push is one session per role, the target first: begin, buckets, end (also after an error), then the digest of every
-tensor the engine serves is compared with what was sent.
+A push is one session per role, the target first, for all members at once: begin, buckets, end (also after an error),
+then the digest of every tensor that each member serves is compared with what was sent.
 
-Invariant: when `Syncer.push` returns, the engine serves the target as sent, verified; and it drafts only with a draft
-that was verified. A bad target raises, since what is sampled would not be the policy's. A bad draft costs only speed:
-it is pushed once more, then the engine goes on without drafting until a later push verifies.
+Invariant: when `Syncer.push` returns, every member either serves the target as sent, verified, or has left; and it
+drafts only with a draft that was verified. Without a member left it raises, since what is sampled would not be the
+policy's. A bad draft costs only speed: it is pushed once more, then the member goes on without drafting until a later
+push verifies.
 
-Versions: a push may repeat the version that is served (start-up, resume, a retry) but never go back below it.
+Versions: a push may repeat the version that is served (start-up, resume, a retry) but never go back below it. A member
+that serves -1, nothing that was verified, takes any.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from miles_spec.rollout.engine import Engine
+from miles_spec.rollout.engine import Member
 from miles_spec.sync.digest import Digester
-from miles_spec.sync.transports import Transport, buckets
+from miles_spec.sync.transports import Fault, Faults, Transport, aligned_bytes, buckets, each, said
 from miles_spec.types import Receipt, Role, RunError, TensorMeta, WeightUpdate
 
 log = logging.getLogger(__name__)
 
-Named = list[tuple[str, Tensor]]
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """Weights of which only a few are whole at a time, as when a trainer gathers its shards one by one."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of every tensor, by name; known without gathering."""
+    tensors: Callable[[], Iterable[tuple[str, Tensor]]]
+    """Gathers each tensor once; called once per session, of which a push may need several. A tensor has to stay as it
+    is until those of its bucket are sent."""
+
+
+Weights = Mapping[str, Tensor] | Gathered
+"""Name to tensor. A mapping, not an iterator: names and shapes are checked before anything is sent, and a session may
+have to be repeated."""
 
 
 class TargetSyncError(RunError):
-    """An engine does not serve the target that was sent; it must not generate before a verified push."""
+    """No member serves the target that was sent; none may generate before a verified push."""
 
-    def __init__(self, receipt: Receipt) -> None:
-        self.receipt = receipt
-        faults = "; ".join(receipt.mismatched[:3]) or "no tensor to compare"
-        more = f"; and {len(receipt.mismatched) - 3} more" if len(receipt.mismatched) > 3 else ""
-        super().__init__(
-            f"engine {receipt.engine!r} does not serve the target of version {receipt.version} that was sent: "
-            f"{faults}{more}"
-        )
+    def __init__(self, receipts: Sequence[Receipt]) -> None:
+        self.receipts = tuple(receipts)
+        super().__init__("; ".join(map(_told, self.receipts)))
+
+
+def _told(receipt: Receipt) -> str:
+    """What a receipt that does not verify says, in a sentence."""
+    faults = "; ".join(receipt.mismatched[:3]) or "no tensor to compare"
+    more = f"; and {len(receipt.mismatched) - 3} more" if len(receipt.mismatched) > 3 else ""
+    return (
+        f"engine {receipt.engine!r} does not serve the {receipt.role} of version {receipt.version} that was sent: "
+        f"{faults}{more}"
+    )
 
 
 def _dtype(meta: TensorMeta) -> torch.dtype:
@@ -49,52 +72,55 @@ def _dtype(meta: TensorMeta) -> torch.dtype:
     return dtype
 
 
-def _checked(engine: Engine, role: Role, version: int, weights: Iterable[tuple[str, Tensor]]) -> Named:
-    """The weights as a list, once version, names and shapes are what the engine expects; `ValueError` otherwise."""
-    served = engine.versions().get(role)
-    manifest = engine.manifest().get(role)
+def _shapes(weights: Weights) -> Mapping[str, tuple[int, ...]]:
+    if isinstance(weights, Gathered):
+        return weights.shapes
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def _tensors(weights: Weights) -> Iterable[tuple[str, Tensor]]:
+    return weights.tensors() if isinstance(weights, Gathered) else weights.items()
+
+
+def _check(member: Member, role: Role, version: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises `ValueError` unless version, names and shapes are what the member expects."""
+    served = member.versions().get(role)
+    manifest = member.manifest().get(role)
     if served is None or not manifest:
-        raise ValueError(f"engine {engine.name!r} has no {role} to push weights into")
+        raise ValueError(f"engine {member.name!r} has no {role} to push weights into")
     if version < served:
         raise ValueError(
-            f"engine {engine.name!r} serves {role} version {served} and a push must not go back to {version}; "
+            f"engine {member.name!r} serves {role} version {served} and a push must not go back to {version}; "
             "start a fresh engine to serve older weights"
         )
-    named = list(weights)
-    sent: set[str] = set()
-    for name, tensor in named:
-        if name in sent:
-            raise ValueError(f"{role} tensor {name!r} is pushed twice; give each tensor once")
+    for name, shape in shapes.items():
         if name not in manifest:
-            raise ValueError(f"{role} tensor {name!r} is pushed, but engine {engine.name!r} has none of that name")
-        if tuple(tensor.shape) != manifest[name].shape:
+            raise ValueError(f"{role} tensor {name!r} is pushed, but engine {member.name!r} has none of that name")
+        if tuple(shape) != manifest[name].shape:
             raise ValueError(
-                f"{role} tensor {name!r} has shape {list(tensor.shape)}, but engine {engine.name!r} expects "
+                f"{role} tensor {name!r} has shape {list(shape)}, but engine {member.name!r} expects "
                 f"{list(manifest[name].shape)}"
             )
-        sent.add(name)
     for name in manifest:
-        if name not in sent:
-            raise ValueError(f"{role} tensor {name!r} is expected by engine {engine.name!r} but not pushed")
-    return named
+        if name not in shapes:
+            raise ValueError(f"{role} tensor {name!r} is expected by engine {member.name!r} but not pushed")
 
 
-def _checked_roles(
-    engine: Engine,
-    version: int,
-    target: Iterable[tuple[str, Tensor]],
-    draft_version: int | None,
-    draft: Iterable[tuple[str, Tensor]] | None,
-) -> list[tuple[Role, int, Named]]:
-    roles: list[tuple[Role, int, Named]] = [("target", version, _checked(engine, "target", version, target))]
-    if draft is not None:
-        assert draft_version is not None, "a draft is pushed under its own version"
-        roles.append(("draft", draft_version, _checked(engine, "draft", draft_version, draft)))
-    return roles
+def _check_alike(members: Sequence[Member], role: Role) -> None:
+    """Raises `ValueError` unless all members serve the role in the same dtypes, so that one digest holds for all."""
+    first, *others = members
+    metas = first.manifest()[role]
+    for other in others:
+        for name, meta in other.manifest()[role].items():
+            if meta.dtype != metas[name].dtype:
+                raise ValueError(
+                    f"engine {first.name!r} serves {role} tensor {name!r} as {metas[name].dtype}, engine "
+                    f"{other.name!r} as {meta.dtype}; start all engines with the same dtypes"
+                )
 
 
-def compare(engine: Engine, sent: WeightUpdate, served: Mapping[str, str]) -> Receipt:
-    """A receipt of what `engine` says it serves (name to digest) against what was sent."""
+def compare(member: Member, sent: WeightUpdate, served: Mapping[str, str]) -> Receipt:
+    """A receipt of what `member` says it serves (name to digest) against what was sent."""
     faults = [f"{name}: missing" for name in sent.digests if name not in served]
     faults += [f"{name}: unexpected" for name in served if name not in sent.digests]
     faults += [
@@ -102,55 +128,16 @@ def compare(engine: Engine, sent: WeightUpdate, served: Mapping[str, str]) -> Re
         for name, digest in sent.digests.items()
         if served.get(name, digest) != digest
     ]
-    version = engine.versions()[sent.role]
+    version = member.versions()[sent.role]
     if version != sent.version:
         faults.append(f"version: serves {version}, sent {sent.version}")
     return Receipt(
-        engine=engine.name,
+        engine=member.name,
         role=sent.role,
         version=sent.version,
         tensors=len(sent.digests.keys() & served.keys()),
         mismatched=tuple(faults),
     )
-
-
-def _session(
-    engine: Engine,
-    role: Role,
-    version: int,
-    named: Named,
-    *,
-    transport: Transport,
-    bucket_bytes: int,
-    change: Callable[[Tensor], Tensor] | None = None,
-) -> Receipt:
-    """Sends every tensor in the dtype the engine serves it in (and as `change` makes it then), and compares.
-
-    Whatever goes wrong, in the engine or on the way, is in the receipt, whether a tensor differs or something raised.
-    """
-    manifest = engine.manifest()[role]
-    digester = Digester()
-
-    def cast() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in named:
-            tensor = tensor.detach().to(_dtype(manifest[name]))
-            if change is not None:
-                tensor = change(tensor)
-            digester.add(name, tensor)
-            yield name, tensor
-
-    try:
-        engine.begin_update(version, (role,))
-        try:
-            for bucket in buckets(cast(), bucket_bytes):
-                transport.send(engine, role, bucket)
-        finally:
-            served = engine.end_update().get(role, {})
-        return compare(engine, WeightUpdate(version=version, role=role, digests=digester.read()), served)
-    except Exception as error:  # an engine may fail in any way; the receipt says how, and the caller acts on it
-        log.debug("pushing the %s of version %d to engine %r failed", role, version, engine.name, exc_info=True)
-        fault = f"push: {type(error).__name__}: {error}"
-        return Receipt(engine=engine.name, role=role, version=version, tensors=0, mismatched=(fault,))
 
 
 def _inverted(tensor: Tensor) -> Tensor:
@@ -161,8 +148,17 @@ def _inverted(tensor: Tensor) -> Tensor:
     return data.bitwise_not().view(tensor.dtype).view(tensor.shape)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Load:
+    """One role's weights on their way."""
+
+    role: Role
+    version: int
+    weights: Weights
+
+
 class Syncer:
-    """Pushes to any number of engines; remembers which of them go without a draft and how deep they drafted before."""
+    """Pushes to any number of members; remembers which of them go without a draft and how deep they drafted before."""
 
     def __init__(self, transport: Transport, *, bucket_bytes: int = 256 << 20, draft_attempts: int = 2) -> None:
         if bucket_bytes < 1 or draft_attempts < 1:
@@ -171,93 +167,231 @@ class Syncer:
         self.bucket_bytes = bucket_bytes
         self.draft_attempts = draft_attempts
         self.verified = 0
-        """Sessions whose receipt verified, since the start."""
+        """Sessions of a member whose receipt verified, since the start."""
         self.failed = 0
-        """Sessions whose receipt did not, each attempt counted."""
+        """Those whose receipt did not, each attempt counted."""
         self.seconds: dict[Role, float] = {"target": 0.0, "draft": 0.0}
-        """Time in sessions since the start, digests included."""
+        """Time in sessions since the start, digests included; members share a session."""
+        self.bytes: dict[Role, int] = {"target": 0, "draft": 0}
+        """Weights sent in those sessions, counted once however many members took them."""
         self._depths: dict[str, int] = {}
 
-    def drafting(self, engine: Engine) -> bool:
-        """False while the engine's draft is off because its last push failed; its depth must then stay 0."""
-        return engine.name not in self._depths
+    def drafting(self, member: Member) -> bool:
+        """False while the member's draft is off because its last push failed; its depth must then stay 0."""
+        return member.name not in self._depths
 
     def push(
         self,
-        engine: Engine,
+        members: Sequence[Member],
         *,
         version: int,
-        target: Iterable[tuple[str, Tensor]],
+        target: Weights,
         draft_version: int | None = None,
-        draft: Iterable[tuple[str, Tensor]] | None = None,
+        draft: Weights | None = None,
     ) -> list[Receipt]:
-        """Pushes the target and, where one is given, the draft; one receipt each, the draft's perhaps unverified.
+        """Pushes the target and, where one is given, the draft: a receipt per member and role, targets first.
+
+        A member whose target does not verify leaves (`Member.leave`) and gets no draft. After `draft_attempts`
+        failures a member's drafting is switched off, and on again, at the depth it had, by the next verified push; a
+        member that had to restart for that and now has no place for a draft gets none, and no receipt of one.
 
         Raises `ValueError`, before anything is sent, for a version that goes back and for names or shapes that are not
-        the engine's; `TargetSyncError` for a target that did not verify (the draft is then not pushed). After
-        `draft_attempts` failures the engine's drafting is switched off, and on again, at the depth it had, by the next
-        verified push.
+        a member's; `TargetSyncError` if no member is left.
         """
-        roles = _checked_roles(engine, version, target, draft_version, draft)
-        return [self._push(engine, role, at, named) for role, at, named in roles]
+        return self._push_all(members, self._loads(members, version, target, draft_version, draft))
 
     def self_test(
         self,
-        engine: Engine,
+        members: Sequence[Member],
         *,
         version: int,
-        target: Iterable[tuple[str, Tensor]],
+        target: Weights,
         draft_version: int | None = None,
-        draft: Iterable[tuple[str, Tensor]] | None = None,
+        draft: Weights | None = None,
     ) -> list[Receipt]:
-        """For start-up: pushes every tensor with its bits inverted, sees that the engine serves just that, then pushes
+        """For start-up: pushes every tensor with its bits inverted, sees that the members serve just that, then pushes
         the real ones.
 
         So an engine that ignores pushes does not pass because it happens to hold the same weights already. Returns and
-        raises as `push` does, and leaves the engine serving the weights given; a draft that fails inverted stays off.
+        raises as `push` does, and leaves the members serving the weights given; a draft that fails inverted stays off.
         """
-        receipts = []
-        for role, at, named in _checked_roles(engine, version, target, draft_version, draft):
-            receipt = self._push(engine, role, at, named, _inverted)
-            receipts.append(self._push(engine, role, at, named) if receipt.verified else receipt)
+        return self._push_all(members, self._loads(members, version, target, draft_version, draft), _inverted)
+
+    def _loads(
+        self,
+        members: Sequence[Member],
+        version: int,
+        target: Weights,
+        draft_version: int | None,
+        draft: Weights | None,
+    ) -> list[_Load]:
+        """The roles to push, once they are what every member expects."""
+        if not members:
+            raise ValueError("a push needs at least one engine")
+        assert len({member.name for member in members}) == len(members), "members are told apart by their names"
+        loads = [_Load(role="target", version=version, weights=target)]
+        if draft is not None:
+            assert draft_version is not None, "a draft is pushed under its own version"
+            loads.append(_Load(role="draft", version=draft_version, weights=draft))
+        for load in loads:
+            takers = [member for member in members if self._takes(member, load.role)]
+            shapes = _shapes(load.weights)
+            for member in takers:
+                _check(member, load.role, load.version, shapes)
+            if takers:
+                _check_alike(takers, load.role)
+        return loads
+
+    def _takes(self, member: Member, role: Role) -> bool:
+        """Not so for the draft of a member that was started anew without one, since its draft had failed."""
+        return role == "target" or self.drafting(member) or role in member.versions()
+
+    def _push_all(
+        self, members: Sequence[Member], loads: Sequence[_Load], first: Change | None = None
+    ) -> list[Receipt]:
+        """All roles. With `first`, each is pushed changed that way, and as it is where that verified."""
+        target, *drafts = loads
+        receipts = self._push_target(members, target, first)
+        serving = [member for member in members if receipts[member.name].verified]
+        if not serving:
+            raise TargetSyncError([receipts[member.name] for member in members])
+        drafted: list[Receipt] = []
+        for draft in drafts:
+            takers = [member for member in serving if self._takes(member, "draft")]
+            results = self._attempts(takers, draft, self.draft_attempts, first)
+            drafted += results.values()
+            for member in takers:
+                self._switch_draft(member, results[member.name])
+            # switching a draft off may take a restart, after which the member serves nothing
+            restarted = [member for member in takers if member.versions()["target"] != target.version]
+            if restarted:
+                receipts |= self._push_target(restarted, target)
+        if not any(receipt.verified for receipt in receipts.values()):
+            raise TargetSyncError([receipts[member.name] for member in members])
+        return [*(receipts[member.name] for member in members), *drafted]
+
+    def _push_target(self, members: Sequence[Member], load: _Load, first: Change | None = None) -> dict[str, Receipt]:
+        """By name; members whose receipt does not verify have left."""
+        receipts = self._attempts(members, load, 1, first)
+        for member in members:
+            if not receipts[member.name].verified:
+                reason = _told(receipts[member.name])
+                log.warning("engine %r leaves until a push verifies: %s", member.name, reason)
+                member.leave(reason)
         return receipts
 
-    def _push(
-        self, engine: Engine, role: Role, version: int, named: Named, change: Callable[[Tensor], Tensor] | None = None
-    ) -> Receipt:
-        """One role, as often as it may take, and what follows from its receipt."""
-        for attempt in range(1, 1 + (self.draft_attempts if role == "draft" else 1)):
-            start = time.perf_counter()
-            receipt = _session(
-                engine, role, version, named, transport=self.transport, bucket_bytes=self.bucket_bytes, change=change
-            )
-            receipt = replace(receipt, attempts=attempt)
-            self.seconds[role] += time.perf_counter() - start
-            self.verified += receipt.verified
-            self.failed += not receipt.verified
-            if receipt.verified:
-                break
-        if role == "draft":
-            self._switch_draft(engine, receipt)
-        elif not receipt.verified:
-            raise TargetSyncError(receipt)
-        return receipt
+    def _attempts(
+        self, members: Sequence[Member], load: _Load, attempts: int, first: Change | None = None
+    ) -> dict[str, Receipt]:
+        """One role, for each member as often as it may take; the last receipt of each, by name."""
+        if first is None:
+            return self._repeat(members, load, attempts)
+        receipts = self._repeat(members, load, attempts, first)
+        passed = [member for member in members if receipts[member.name].verified]
+        return receipts | self._repeat(passed, load, attempts)
 
-    def _switch_draft(self, engine: Engine, receipt: Receipt) -> None:
+    def _repeat(
+        self, members: Sequence[Member], load: _Load, attempts: int, change: Change | None = None
+    ) -> dict[str, Receipt]:
+        receipts: dict[str, Receipt] = {}
+        failures = dict.fromkeys((member.name for member in members), 0)
+        waiting, number = list(members), 0
+        while waiting:
+            number += 1
+            start = time.perf_counter()
+            results = self._session(waiting, load, change)
+            self.seconds[load.role] += time.perf_counter() - start
+            again = []
+            for member in waiting:
+                receipt, by = results[member.name]
+                receipts[member.name] = replace(receipt, attempts=number)
+                self.verified += receipt.verified
+                self.failed += not receipt.verified
+                # a failure that another member caused is not held against this one; the other has one fewer attempt
+                failures[member.name] += not receipt.verified and not by
+                if not receipt.verified and failures[member.name] < attempts:
+                    again.append(member)
+            waiting = again
+        return receipts
+
+    def _session(self, members: Sequence[Member], load: _Load, change: Change | None) -> dict[str, tuple[Receipt, str]]:
+        """Sends every tensor in the dtype it is served in (and as `change` makes it then), and compares: by name, the
+        receipt and which other members are to blame if it does not verify.
+
+        Whatever goes wrong, in a member or on the way, is in its receipt, whether a tensor differs or something raised.
+        """
+        role, manifest = load.role, members[0].manifest()[load.role]
+        digester, transport = Digester(), self.transport
+
+        def cast() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in _tensors(load.weights):
+                tensor = tensor.detach().to(_dtype(manifest[name]))
+                if change is not None:
+                    tensor = change(tensor)
+                digester.add(name, tensor)
+                yield name, tensor
+
+        begun = each(members, lambda member: member.begin_update(load.version, (role,)))
+        faults: Faults = {name: Fault(why=said(error)) for name, error in begun.items() if isinstance(error, Exception)}
+        opened = [member for member in members if member.name not in faults]
+        if not opened:
+            return {name: (self._broken(name, load, fault), fault.by) for name, fault in faults.items()}
+        ended: dict[str, Mapping[Role, Mapping[str, str]] | Exception] = {}
+        try:
+            faults |= transport.open(opened, role, self._room_bytes(manifest))
+            for bucket in buckets(cast(), self.bucket_bytes):
+                if not (taking := [member for member in opened if member.name not in faults]):
+                    break
+                self.bytes[role] += sum(tensor.nbytes for _, tensor in bucket)
+                faults |= transport.send(taking, role, bucket)
+        except Exception as error:  # of the trainer or the transport; the receipts say so, and the caller acts on them
+            log.debug("pushing the %s of version %d failed", role, load.version, exc_info=True)
+            faults = {member.name: Fault(why=said(error)) for member in opened} | faults
+        finally:
+            try:
+                faults = transport.close(opened, role) | faults
+            finally:
+                ended = each(opened, lambda member: member.end_update())
+        sent = WeightUpdate(version=load.version, role=role, digests=digester.read())
+        results = {}
+        for member in members:
+            served, fault = ended.get(member.name), faults.get(member.name)
+            if fault is None and isinstance(served, Exception):
+                fault = Fault(why=said(served))
+            if fault is None:
+                assert isinstance(served, Mapping)
+                results[member.name] = compare(member, sent, served.get(role, {})), ""
+            else:
+                results[member.name] = self._broken(member.name, load, fault), fault.by
+        return results
+
+    @staticmethod
+    def _broken(name: str, load: _Load, fault: Fault) -> Receipt:
+        """The receipt of a session that did not come to its end."""
+        why = (f"push: {fault.why}",)
+        return Receipt(engine=name, role=load.role, version=load.version, tensors=0, mismatched=why)
+
+    def _room_bytes(self, manifest: Mapping[str, TensorMeta]) -> int:
+        """What the largest bucket takes."""
+        sizes = [aligned_bytes(torch.Size(meta.shape).numel() * _dtype(meta).itemsize) for meta in manifest.values()]
+        return min(max(self.bucket_bytes, *sizes), sum(sizes))
+
+    def _switch_draft(self, member: Member, receipt: Receipt) -> None:
         if receipt.verified:
-            depth = self._depths.pop(engine.name, None)
-            if depth is not None:
-                engine.set_draft_depth(depth)
-                log.warning("engine %r drafts again, with version %d of the draft", engine.name, receipt.version)
+            depth = self._depths.pop(member.name, None)
+            if depth is not None and member.draft_depth != depth:
+                member.set_draft_depth(depth)
+                log.warning("engine %r drafts again, with version %d of the draft", member.name, receipt.version)
             return
-        if self.drafting(engine):
-            self._depths[engine.name] = engine.draft_depth
+        if self.drafting(member):
+            self._depths[member.name] = member.draft_depth
             log.warning(
                 "engine %r goes on without speculation until a push of the draft verifies: "
                 "version %d failed %d times; %s",
-                engine.name,
+                member.name,
                 receipt.version,
                 receipt.attempts,
                 "; ".join(receipt.mismatched[:3]) or "no tensor to compare",
             )
-        engine.set_draft_depth(0)
+        if member.draft_depth:
+            member.set_draft_depth(0)

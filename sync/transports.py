@@ -1,36 +1,102 @@
-"""How weights reach one engine: in buckets of a set size, by a `Transport`.
+"""How weights reach engines: in buckets of a set size, each sent to all members of a session at once.
 
-Invariant: a bucket's tensors are only read, and need to stay as they are only until `send` returns.
+A member within this process takes tensors as they are (`InProcess`). A remote one is told where they lie: in memory
+that both see (`Ipc`), in what is broadcast next (`Collective`), or in a file (`Disk`); `sync/receivers.py` is its half.
+
+Invariant: a bucket's tensors are only read, and need to stay as they are only until `send` returns. What a remote
+member reads stays as it is until that member has answered.
+
+A bucket is packed into one of two buffers, or files, in turn, so that packing one overlaps the members' loading of the
+other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from base64 import b64encode
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
 
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in torch's `__all__`
 
-from miles_spec.rollout.engine import Engine
+from miles_spec.rollout.engine import LocalMember, Member, RemoteMember
+from miles_spec.sync.receivers import ALIGN_BYTES, GROUP_FAILED, NO_GROUP, Group, gpu_uuid, map_file, views
 from miles_spec.types import Role
+
+Bucket = Sequence[tuple[str, Tensor]]
+Command = dict[str, Any]
+Answer = Mapping[str, Any] | Exception
+Table = list[tuple[str, str, list[int], int]]
+
+IN_TURN = 2
+"""Buffers, and buckets on their way at a time."""
+
+GROUPS = 2
+"""Collective groups kept: all members for the target, and those that draft."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """Why a member did not get what it was sent."""
+
+    why: str
+    by: str = ""
+    """The members whose failure caused this one; empty for a failure of its own."""
+
+
+Faults = dict[str, Fault]
+"""By a member's name."""
 
 
 class Transport(Protocol):
-    """A way from the trainer's memory into an engine's."""
+    """A way from the trainer's memory into those of members, one session at a time."""
 
-    def send(self, engine: Engine, role: Role, bucket: Sequence[tuple[str, Tensor]]) -> None:
-        """Delivers one bucket within an open session; when it returns, the engine has its own copy."""
+    def open(self, members: Sequence[Member], role: Role, room_bytes: int) -> Faults:
+        """Prepares a session of `role` with buckets of at most `room_bytes`, padding included."""
+        ...
+
+    def send(self, members: Sequence[Member], role: Role, bucket: Bucket) -> Faults:
+        """Sends one bucket to `members`, those of `open` that have not failed since.
+
+        Tensors have the dtypes that the members serve. Returns the faults that showed since the last call, maybe of a
+        bucket before this one.
+        """
+        ...
+
+    def close(self, members: Sequence[Member], role: Role) -> Faults:
+        """Ends the session once every member has answered for every bucket; the faults that showed since."""
+        ...
+
+    def stop(self) -> None:
+        """Lets go of buffers, files and connections; the next `open` makes new ones."""
         ...
 
 
-class InProcess:
-    """Trainer and engine in one process: the engine copies out of the trainer's tensors, across devices if need be."""
-
-    def send(self, engine: Engine, role: Role, bucket: Sequence[tuple[str, Tensor]]) -> None:
-        engine.load_weights(role, [(name, tensor.detach()) for name, tensor in bucket])
+def aligned_bytes(tensor_bytes: int) -> int:
+    """What a tensor takes of a bucket."""
+    return -(-tensor_bytes // ALIGN_BYTES) * ALIGN_BYTES
 
 
 def buckets(named: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Groups tensors, in order, into buckets of at most `bucket_bytes`; a larger tensor travels alone.
+    """Groups tensors, in order, into buckets of at most `bucket_bytes` with padding; a larger tensor travels alone.
 
     Takes from `named` no further than the bucket at hand and one tensor more. Raises `ValueError` for a size below 1.
     """
@@ -39,10 +105,461 @@ def buckets(named: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[
     bucket: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in named:
-        if bucket and size + tensor.nbytes > bucket_bytes:
+        more = aligned_bytes(tensor.nbytes)
+        if bucket and size + more > bucket_bytes:
             yield bucket
             bucket, size = [], 0
         bucket.append((name, tensor))
-        size += tensor.nbytes
+        size += more
     if bucket:
         yield bucket
+
+
+def table_of(bucket: Bucket) -> tuple[Table, int]:
+    """Where each tensor of a bucket lies in its flat form, and that form's bytes."""
+    table, offset = [], 0
+    for name, tensor in bucket:
+        table.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset))
+        offset += aligned_bytes(tensor.nbytes)
+    return table, offset
+
+
+class InProcess:
+    """Trainer and engine in one process: the engine copies out of the trainer's tensors, across devices if need be."""
+
+    def open(self, members: Sequence[Member], role: Role, room_bytes: int) -> Faults:
+        for member in members:
+            if not isinstance(member, LocalMember):
+                raise ValueError(f"engine {member.name!r} is in another process; choose a transport that goes there")
+        return {}
+
+    def send(self, members: Sequence[Member], role: Role, bucket: Bucket) -> Faults:
+        faults: Faults = {}
+        for member in members:
+            assert isinstance(member, LocalMember)
+            try:
+                member.load_weights(role, [(name, tensor.detach()) for name, tensor in bucket])
+            except Exception as error:  # an engine may fail in any way, and the others go on
+                faults[member.name] = Fault(why=said(error))
+        return faults
+
+    def close(self, members: Sequence[Member], role: Role) -> Faults:
+        return {}
+
+    def stop(self) -> None:
+        pass
+
+
+def said(error: BaseException) -> str:
+    """An exception as a fault's sentence."""
+    return f"{type(error).__name__}: {error}"
+
+
+def _start(work: Callable[[], T]) -> Future[T]:
+    """Runs `work` in a thread that ends with the process, unlike those of an executor, which a dead engine could hold
+    up."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def each(members: Sequence[Member], work: Callable[[Any], T]) -> dict[str, T | Exception]:
+    """What `work` gave for each member, or raised, by name; all members at once, in this thread if there is one."""
+
+    def tried(member: Member) -> T | Exception:
+        try:
+            return work(member)
+        except Exception as error:
+            return error
+
+    if len(members) == 1:
+        return {members[0].name: tried(members[0])}
+    running = {member.name: _start(lambda member=member: tried(member)) for member in members}  # type: ignore[misc]
+    return {name: future.result() for name, future in running.items()}
+
+
+def _fault_of(answer: Answer) -> str | None:
+    if isinstance(answer, Exception):
+        return said(answer)
+    if answer.get("ok") is True:
+        return None
+    return str(answer.get("fault") or f"it answered {dict(answer)}")
+
+
+class _Remote(ABC):
+    """What the transports to other processes share: one bucket after the other, packed ahead, faults by member."""
+
+    def __init__(self) -> None:
+        self._members: tuple[RemoteMember, ...] = ()
+        self._on_way: deque[Future[None]] = deque()
+        self._faults: Faults = {}
+        self._told: set[str] = set()
+        self._sent = 0
+
+    def open(self, members: Sequence[Member], role: Role, room_bytes: int) -> Faults:
+        remote = []
+        for member in members:
+            if not isinstance(member, RemoteMember):
+                raise ValueError(f"engine {member.name!r} is in this process; choose the transport InProcess for it")
+            remote.append(member)
+        assert not self._on_way, "one session at a time"
+        self._members, self._sent = tuple(remote), 0
+        self._faults, self._told = {}, set()
+        self._faults |= self._open(self._members, role, room_bytes)
+        return self._news()
+
+    def send(self, members: Sequence[Member], role: Role, bucket: Bucket) -> Faults:
+        while len(self._on_way) >= IN_TURN:
+            self._on_way.popleft().result()
+        before = self._on_way[-1] if self._on_way else None
+        slot = self._sent % IN_TURN
+        self._sent += 1
+        command, ready = self._pack(bucket, role, slot)
+
+        def fly() -> None:
+            if before is not None:
+                before.result()
+            well = [member for member in self._members if member.name not in self._faults]
+            try:
+                ready()
+                self._faults |= self._deliver(well, command) if well else {}
+            except Exception as error:  # on the trainer's side, such as a full disk
+                self._faults |= {member.name: Fault(why=said(error)) for member in well}
+
+        self._on_way.append(_start(fly))
+        return self._news()
+
+    def close(self, members: Sequence[Member], role: Role) -> Faults:
+        while self._on_way:
+            self._on_way.popleft().result()
+        self._members = ()
+        return self._news()
+
+    @abstractmethod
+    def stop(self) -> None: ...
+
+    @abstractmethod
+    def _open(self, members: Sequence[RemoteMember], role: Role, room_bytes: int) -> Faults: ...
+
+    @abstractmethod
+    def _pack(self, bucket: Bucket, role: Role, slot: int) -> tuple[Command, Callable[[], None]]:
+        """Takes the bucket's bytes; the command that delivers them, and what waits until they may be read."""
+
+    def _deliver(self, members: Sequence[RemoteMember], command: Command) -> Faults:
+        """Has members load one bucket; returns when all of them have, or have failed."""
+        return _own_faults(each(members, lambda member: member.deliver(command)))
+
+    def _news(self) -> Faults:
+        news = {name: fault for name, fault in dict(self._faults).items() if name not in self._told}
+        self._told |= news.keys()
+        return news
+
+
+def _own_faults(answers: Mapping[str, Answer]) -> Faults:
+    faults = {name: _fault_of(answer) for name, answer in answers.items()}
+    return {name: Fault(why=why) for name, why in faults.items() if why is not None}
+
+
+def _fill(bucket: Bucket, buffer: Tensor) -> tuple[Table, int, Callable[[], None]]:
+    """Packs a bucket into a buffer; its table, its bytes, and what waits until the copies are done."""
+    table, size = table_of(bucket)
+    assert size <= buffer.numel(), "the buffers were made for smaller buckets"
+    for (_, place), (_, tensor) in zip(views(buffer, table), bucket, strict=True):
+        place.copy_(tensor.detach())
+    if buffer.device.type != "cuda":
+        return table, size, lambda: None
+    packed = torch.cuda.Event()
+    packed.record(torch.cuda.current_stream(buffer.device))
+    return table, size, packed.synchronize
+
+
+class Ipc(_Remote):
+    """Members on this machine: they map the trainer's buffers, on a GPU that they see too or in shared memory.
+
+    `device` is where the buffers lie: the trainer's GPU, or the CPU. A file of shared memory has mode 0600 and lies in
+    `folder`, by default the machine's shared memory or, where that is too small, its folder for temporary files.
+    """
+
+    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+        super().__init__()
+        self._device, self._folder = device, folder
+        self._buffers: list[Tensor] = []
+        self._offers: list[Command] = []
+        self._remove: Callable[[], object] = lambda: None
+
+    def stop(self) -> None:
+        self._buffers, self._offers = [], []
+        self._remove()
+
+    def _open(self, members: Sequence[RemoteMember], role: Role, room_bytes: int) -> Faults:
+        if not self._buffers or self._buffers[0].numel() < room_bytes:
+            self.stop()
+            if self._device.type == "cuda":
+                self._buffers = [
+                    torch.empty(room_bytes, dtype=torch.uint8, device=self._device) for _ in range(IN_TURN)
+                ]
+                self._offers = [_export_cuda(buffer) for buffer in self._buffers]
+            else:
+                paths = [_shared_file(room_bytes, self._folder) for _ in range(IN_TURN)]
+                self._remove = weakref.finalize(self, partial(_unlink, paths))
+                self._buffers = [map_file(path, room_bytes) for path in paths]
+                self._offers = [{"path": path, "bytes": room_bytes} for path in paths]
+        command: Command = {"do": "open", "via": {"kind": "ipc", "buffers": self._offers}}
+        return _own_faults(each(members, lambda member: member.deliver(command)))
+
+    def _pack(self, bucket: Bucket, role: Role, slot: int) -> tuple[Command, Callable[[], None]]:
+        table, size, ready = _fill(bucket, self._buffers[slot])
+        return {"do": "load", "table": table, "bytes": size, "via": {"slot": slot}}, ready
+
+
+def _unlink(paths: Sequence[str]) -> None:
+    for path in paths:
+        Path(path).unlink(missing_ok=True)
+
+
+def _shared_file(size_bytes: int, folder: Path | None) -> str:
+    """A new file of that size, its room taken, since writing to a mapping without room would kill the process."""
+    for place in [Path("/dev/shm"), Path(tempfile.gettempdir())] if folder is None else [folder]:
+        if place.is_dir() and shutil.disk_usage(place).free > size_bytes:
+            handle, path = tempfile.mkstemp(prefix="miles-spec-", dir=place)
+            try:
+                os.posix_fallocate(handle, 0, max(size_bytes, 1))
+            except OSError:
+                os.unlink(path)
+                raise
+            finally:
+                os.close(handle)
+            return path
+    raise ValueError(f"no room for a buffer of {size_bytes >> 20} MiB in shared memory; lower fleet.bucket_mb")
+
+
+def _export_cuda(buffer: Tensor) -> Command:
+    """What another process needs to map `buffer`, as JSON. The buffer must outlive every mapping's use."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    start = buffer.data_ptr()
+    for segment in torch.cuda.memory_snapshot():
+        if segment["address"] <= start < segment["address"] + segment["total_size"] and segment.get("is_expandable"):
+            raise ValueError(
+                "memory of expandable segments cannot be shared with other processes; take expandable_segments:True "
+                "out of PYTORCH_CUDA_ALLOC_CONF (or PYTORCH_ALLOC_CONF), or use the nccl or the disk transport"
+            )
+    _, arguments = reduce_tensor(buffer)
+    offset, (device, handle, storage_bytes, storage_offset) = arguments[3], arguments[6:10]
+    counter, counter_offset, event, event_wait = arguments[11:15]
+    return {
+        "uuid": gpu_uuid(device),
+        "bytes": buffer.numel(),
+        "tensor_offset": offset,
+        "handle": b64encode(handle).decode(),
+        "storage_bytes": storage_bytes,
+        "storage_offset": storage_offset,
+        "counter": b64encode(counter).decode(),
+        "counter_offset": counter_offset,
+        "event": b64encode(event).decode(),
+        "event_wait": event_wait,
+    }
+
+
+class Disk(_Remote):
+    """Members that share a folder with the trainer, under the same path: one safetensors file per bucket.
+
+    A file appears under its name only when it is whole and on disk, and goes once every member has read it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        self._run = secrets.token_hex(4)
+
+    def stop(self) -> None:
+        for path in (*self._folder.glob(f"{self._run}-*"), *self._folder.glob(f".{self._run}-*")):
+            path.unlink(missing_ok=True)
+
+    def close(self, members: Sequence[Member], role: Role) -> Faults:
+        try:
+            return super().close(members, role)
+        finally:
+            self.stop()
+
+    def _open(self, members: Sequence[RemoteMember], role: Role, room_bytes: int) -> Faults:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        command: Command = {"do": "open", "via": {"kind": "disk"}}
+        return _own_faults(each(members, lambda member: member.deliver(command)))
+
+    def _pack(self, bucket: Bucket, role: Role, slot: int) -> tuple[Command, Callable[[], None]]:
+        table, size = table_of(bucket)
+        held = {name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in bucket}
+        path = self._folder.absolute() / f"{self._run}-{role}-{self._sent}.safetensors"
+        return {"do": "load", "table": table, "bytes": size, "via": {"path": str(path)}}, lambda: _write(held, path)
+
+    def _deliver(self, members: Sequence[RemoteMember], command: Command) -> Faults:
+        try:
+            return super()._deliver(members, command)
+        finally:
+            Path(command["via"]["path"]).unlink()
+
+
+def _write(named: Mapping[str, Tensor], path: Path) -> None:
+    hidden = path.with_name(f".{path.name}")
+    save_file(dict(named), hidden)
+    for written in (hidden, path.parent):
+        handle = os.open(written, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        if written is hidden:
+            hidden.rename(path)
+
+
+class Collective(_Remote):
+    """Members on other GPUs or machines: the trainer is rank 0 of a group and broadcasts each bucket to all of them.
+
+    A group is made at the first session of its members, kept over sessions, and made anew once a member of it was gone.
+    A member that fails without leaving the group takes part in the broadcasts that follow and loads nothing of them.
+    When one is gone, nobody's broadcast can be trusted: the others fail too, with `Fault.by` naming it.
+
+    `host` is the trainer's address as the members see it, `device` where the buffers lie.
+    """
+
+    def __init__(
+        self,
+        backend: Literal["nccl", "gloo"],
+        device: torch.device,
+        *,
+        host: str = "127.0.0.1",
+        timeout_s: float = 60.0,
+    ) -> None:
+        super().__init__()
+        assert (backend == "nccl") == (device.type == "cuda"), "nccl broadcasts from GPUs, gloo from CPUs"
+        self._backend, self._device, self._host, self._timeout_s = backend, device, host, timeout_s
+        self._store: TCPStore | None = None
+        self._groups: dict[tuple[tuple[str, int], ...], tuple[str, Group]] = {}
+        """By its members' names and ranks, the one used last at the end."""
+        self._key: tuple[tuple[str, int], ...] = ()
+        self._buffers: list[Tensor] = []
+
+    def stop(self) -> None:
+        for _, group in self._groups.values():
+            group.abort()
+        self._groups.clear()
+        self._buffers, self._store = [], None
+
+    def _open(self, members: Sequence[RemoteMember], role: Role, room_bytes: int) -> Faults:
+        if not self._buffers or self._buffers[0].numel() < room_bytes:
+            self._buffers = [torch.empty(room_bytes, dtype=torch.uint8, device=self._device) for _ in range(IN_TURN)]
+        self._key = tuple((member.name, member.ranks) for member in members)
+        if self._key in self._groups:
+            name, group = self._groups.pop(self._key)
+            self._groups[self._key] = name, group
+            answers = self._join(members, name, room_bytes, joined=True)
+            if not any(isinstance(a, Exception) or NO_GROUP in (_fault_of(a) or "") for a in answers.values()):
+                return _own_faults(answers)
+            self._drop(self._key)  # a member has restarted since, or is gone
+        while len(self._groups) >= GROUPS:
+            self._drop(next(iter(self._groups)))
+        return self._build(members, room_bytes)
+
+    def _build(self, members: Sequence[RemoteMember], room_bytes: int) -> Faults:
+        name = secrets.token_hex(8)
+        store = self._store = self._store or _store(self._host, self._timeout_s)
+        joining = _start(lambda: self._join(members, name, room_bytes, joined=False))
+        failed: Exception | None = None
+        try:
+            group = Group(
+                self._backend,
+                store,
+                name=name,
+                rank=0,
+                world=1 + sum(member.ranks for member in members),
+                device=self._device,
+                timeout_s=self._timeout_s,
+            )
+            self._groups[self._key] = name, group
+        except (ConnectionError, TimeoutError) as error:
+            failed = error
+        return self._judge(joining.result(), failed)
+
+    def _join(self, members: Sequence[RemoteMember], name: str, room_bytes: int, *, joined: bool) -> dict[str, Answer]:
+        assert self._store is not None
+        first, at = {}, 1
+        for member in members:
+            first[member.name] = at
+            at += member.ranks
+        via = {
+            "kind": self._backend,
+            "address": [self._host, self._store.port],
+            "group": name,
+            "joined": joined,
+            "keep": [name, *(kept for kept, _ in self._groups.values())],
+            "world": at,
+            "bytes": room_bytes,
+            "timeout_s": self._timeout_s,
+        }
+        return each(members, lambda m: m.deliver({"do": "open", "via": {**via, "rank": first[m.name]}}))
+
+    def _pack(self, bucket: Bucket, role: Role, slot: int) -> tuple[Command, Callable[[], None]]:
+        table, size, ready = _fill(bucket, self._buffers[slot])
+        return {"do": "load", "table": table, "bytes": size, "via": {"slot": slot}}, ready
+
+    def _deliver(self, members: Sequence[RemoteMember], command: Command) -> Faults:
+        _, group = self._groups[self._key]
+        well, gone = {member.name for member in members}, threading.Event()
+
+        def tell(member: RemoteMember) -> Mapping[str, Any]:
+            try:
+                return member.deliver(command if member.name in well else {**command, "table": []})
+            except BaseException:
+                gone.set()
+                raise
+
+        answering = _start(lambda: each(self._members, tell))
+        failed: Exception | None = None
+        try:
+            group.broadcast(self._buffers[command["via"]["slot"]][: command["bytes"]], gone)
+        except (ConnectionError, TimeoutError) as error:
+            failed = error
+            group.abort()  # so that whoever waits for this broadcast learns it now
+        faults = self._judge(answering.result(), failed)
+        return {name: fault for name, fault in faults.items() if name not in self._faults}
+
+    def _judge(self, answers: Mapping[str, Answer], failed: Exception | None) -> Faults:
+        """Whose faults they are. Drops the group if its broadcast did not reach all."""
+        faults = {name: why for name, answer in answers.items() if (why := _fault_of(answer)) is not None}
+        gone = any(isinstance(answer, Exception) for answer in answers.values())
+        if failed is None and not gone and not any(GROUP_FAILED in why for why in faults.values()):
+            return {name: Fault(why=why) for name, why in faults.items()}
+        self._drop(self._key)
+        guilty = {name: why for name, why in faults.items() if GROUP_FAILED not in why}
+        if not guilty:  # nobody says more than that it broke
+            return {name: Fault(why=faults.get(name) or str(failed)) for name in answers}
+        by = ", ".join(map(repr, guilty))
+        return {
+            name: Fault(why=guilty[name]) if name in guilty else Fault(why=f"cut off by the fault of {by}", by=by)
+            for name in answers
+        }
+
+    def _drop(self, key: tuple[tuple[str, int], ...]) -> None:
+        if key in self._groups:
+            self._groups.pop(key)[1].abort()
+
+
+def _store(host: str, timeout_s: float) -> TCPStore:
+    """Where the ranks of a group find each other. It listens on `host` alone, not on every address of the machine."""
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    return TCPStore(
+        host,
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),
+    )

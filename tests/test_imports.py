@@ -17,7 +17,8 @@ COMMON = {"models", "types", "config"}
 ALLOWED = {
     "types": set(),
     "config": {"types"},
-    "models": {"types", "config", "kernels"},
+    "widen": set(),
+    "models": {"types", "config", "kernels", "widen"},
     "kernels": {"kernels", "types"},
     "draft": {"draft", "kernels"} | COMMON,
     "train": {"train", "draft", "kernels"} | COMMON,

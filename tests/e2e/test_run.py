@@ -63,7 +63,7 @@ def test_summary(finished: RunConfig) -> None:
     summary = json.loads((Path(finished.out) / "summary.json").read_text())
     assert summary.keys() == documented("summary") - {"bench"}
     assert (summary["steps"], summary["receipts_verified"], summary["receipts_failed"]) == (4, 8, 0)
-    assert summary["seconds"].keys() == {"rollout", "reward", "train", "draft", "sync", "checkpoint"}
+    assert summary["seconds"].keys() == {"rollout", "reward", "train", "draft", "memory", "sync", "checkpoint"}
 
 
 def test_checkpoints_and_samples(finished: RunConfig) -> None:

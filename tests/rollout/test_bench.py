@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_model
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE
-from miles_spec.rollout.bench import as_json, compare
+from miles_spec.rollout.bench import as_json, compare, embedded_modes
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.types import Request, Sampling
 
@@ -37,7 +37,8 @@ def make(**settings: object) -> tuple[EmbeddedEngine, dict[str, DraftHead], list
 def test_rows() -> None:
     engine, drafts, requests = make()
     ticks: list[tuple[int, int]] = []
-    rows = compare(engine, drafts, requests, batches=(1, 4), turns=3, progress=lambda *tick: ticks.append(tick))
+    with embedded_modes(engine, drafts) as modes:
+        rows = compare(modes, requests, batches=(1, 4), turns=3, progress=lambda *tick: ticks.append(tick))
     assert [(r.batch, r.mode) for r in rows] == [(b, m) for b in (1, 4) for m in ("plain", "a", "b")]
     assert ticks == [(i, 18) for i in range(1, 19)]
     speed = {(r.batch, r.mode): r.tokens_per_s for r in rows}
@@ -56,7 +57,8 @@ def test_rows() -> None:
 def test_another_sampled_response_is_seen() -> None:
     """Under `rejection` the distribution is the same and the tokens are not."""
     engine, drafts, requests = make(rule="rejection")
-    rows = compare(engine, drafts, requests, batches=(4,), turns=1)
+    with embedded_modes(engine, drafts) as modes:
+        rows = compare(modes, requests, batches=(4,), turns=1)
     assert rows[0].same_responses == 1 and min(r.same_responses for r in rows[1:]) < 1
 
 
@@ -66,6 +68,13 @@ def test_the_engine_is_left_as_it_was_after_an_error() -> None:
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        compare(engine, drafts, requests, batches=(1,), turns=1, progress=stop)
+    with pytest.raises(KeyboardInterrupt), embedded_modes(engine, drafts) as modes:
+        compare(modes, requests, batches=(1,), turns=1, progress=stop)
     assert (engine.draft_depth, engine.max_running) == (2, 5)
+
+
+def test_more_requests_for_larger_batches() -> None:
+    engine, drafts, requests = make()
+    with embedded_modes(engine, drafts) as modes:
+        rows = compare(modes, requests, batches=(1, 2), turns=1, least=1)
+    assert [r.tokens for r in rows if r.mode == "plain"] == [2 * 12, 4 * 12]

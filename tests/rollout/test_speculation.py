@@ -97,6 +97,26 @@ def test_calibrate_leaves_the_engine_as_it_was() -> None:
     assert made.draft_depth == 0 and made.take_times().tokens == 0
 
 
+def test_calibrate_a_served_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells only whole calls: a step is the difference of two, and the start is a part of the model."""
+    made = engine(max_running=2)
+    last: list[tuple[int, int]] = []
+
+    def generate(requests: list[Request]) -> None:
+        last[:] = [(len(requests), requests[0].sampling.max_new_tokens)]
+
+    def take_times() -> EngineTimes:
+        size, tokens = last[0] if last else (0, 0)
+        return EngineTimes(other_s=0.5 * size + (0.1 + 0.01 * size) * (tokens - 1))
+
+    monkeypatch.setattr(made, "generate", generate)
+    monkeypatch.setattr(made, "take_times", take_times)
+    cost = calibrate(made, (5, 6), served=True)
+    assert cost.step_s == ((1, pytest.approx(0.11)), (2, pytest.approx(0.12)))
+    assert cost.start_s == pytest.approx(0.5)
+    assert cost.decode_seconds([3, 1], 2) == pytest.approx(2 * 0.5 + 2 * 0.11)
+
+
 def test_calibrated_on_a_real_engine() -> None:
     cost = calibrate(engine(), (5, 6, 7))
     assert [size for size, _ in cost.step_s] == [1, 2, 4, 6]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeEngine, flip_bit
-from miles_spec.rollout.engine import Engine
-from miles_spec.sync.session import Syncer, TargetSyncError, compare
-from miles_spec.sync.transports import InProcess
+from miles_spec.rollout.engine import Engine, LocalMember
+from miles_spec.sync.session import Gathered, Syncer, TargetSyncError, compare
+from miles_spec.sync.transports import Fault, InProcess
 from miles_spec.types import Role, WeightUpdate
 
 Named = dict[str, torch.Tensor]
@@ -32,11 +34,7 @@ def syncer(bucket_bytes: int = 100) -> Syncer:
 
 def push(sync: Syncer, engine: FakeEngine, new: dict[Role, Named], version: int = 1, draft_version: int = 5):  # type: ignore[no-untyped-def]
     return sync.push(
-        engine,
-        version=version,
-        target=new["target"].items(),
-        draft_version=draft_version,
-        draft=new["draft"].items(),
+        engine.members(), version=version, target=new["target"], draft_version=draft_version, draft=new["draft"]
     )
 
 
@@ -46,11 +44,11 @@ def assert_serves(engine: FakeEngine, expected: dict[Role, Named]) -> None:
             assert torch.equal(engine.tensors[role][name], tensor), (role, name)
 
 
-def test_the_fake_is_an_engine() -> None:
-    assert isinstance(FakeEngine({}), Engine)
+def test_the_fake_is_an_engine_and_its_member() -> None:
+    assert isinstance(FakeEngine({}), Engine) and isinstance(FakeEngine({}), LocalMember)
 
 
-@pytest.mark.parametrize("bucket_bytes", [1, 100, 10**6])
+@pytest.mark.parametrize("bucket_bytes", [1, 600, 10**6])
 def test_a_push_arrives_and_is_verified(bucket_bytes: int) -> None:
     engine, sync, new = FakeEngine(weights(0)), syncer(bucket_bytes), weights(1)
     receipts = push(sync, engine, new)
@@ -64,12 +62,13 @@ def test_a_push_arrives_and_is_verified(bucket_bytes: int) -> None:
     assert (sync.verified, sync.failed) == (2, 0)
     assert sync.seconds["target"] > 0 and sync.seconds["draft"] > 0
     sent = len(engine.loaded)
-    assert sent == {1: 6, 100: 4, 10**6: 2}[bucket_bytes]
+    assert sent == {1: 6, 600: 3, 10**6: 2}[bucket_bytes]
+    assert sync.bytes == {"target": 4 * (28 + 16 + 4 + 1), "draft": 4 * (32 + 4)}
 
 
 def test_the_target_alone() -> None:
     engine, new = FakeEngine(weights(0)), weights(1)
-    (receipt,) = syncer().push(engine, version=1, target=new["target"].items())
+    (receipt,) = syncer().push([engine], version=1, target=new["target"])
     assert receipt.verified
     assert_serves(engine, {"target": new["target"], "draft": weights(0)["draft"]})
 
@@ -97,7 +96,7 @@ def test_any_flipped_bit_of_the_target_is_noticed(data: st.DataObject) -> None:
         TargetSyncError, match=f"'fake' does not serve the target of version 1.*{victim}: serves"
     ) as caught:
         push(sync, engine, weights(1, dtype))
-    receipt = caught.value.receipt
+    (receipt,) = caught.value.receipts
     assert not receipt.verified and len(receipt.mismatched) == 1 and receipt.tensors == 4
     assert engine.versions()["draft"] == 0  # the draft is not pushed after a bad target
     assert (sync.verified, sync.failed) == (0, 1)
@@ -112,9 +111,8 @@ def test_a_dropped_target_tensor_is_noticed() -> None:
 
 def test_a_lost_bucket_is_noticed() -> None:
     class Lossy(InProcess):
-        def send(self, engine, role, bucket) -> None:  # type: ignore[no-untyped-def]
-            if bucket[0][0] != "embed":
-                super().send(engine, role, bucket)
+        def send(self, members, role, bucket):  # type: ignore[no-untyped-def]
+            return super().send(members, role, bucket) if bucket[0][0] != "embed" else {}
 
     with pytest.raises(TargetSyncError, match="embed: serves"):
         push(Syncer(Lossy(), bucket_bytes=1), FakeEngine(weights(0)), weights(1))
@@ -228,12 +226,6 @@ def test_names_and_shapes_are_checked_before_anything_is_sent(role: Role) -> Non
     refused(misshapen, rf"{role} tensor 'norm' has shape \[4, 1\], but engine 'fake' expects \[4\]")
 
 
-def test_a_tensor_given_twice_is_refused() -> None:
-    engine, new = FakeEngine(weights(0)), weights(1)
-    with pytest.raises(ValueError, match="'norm' is pushed twice"):
-        syncer().push(engine, version=1, target=[*new["target"].items(), ("norm", torch.zeros(4))])
-
-
 def test_versions_may_repeat_but_not_go_back() -> None:
     refused(weights(1), "serves target version 4 and a push must not go back to 3", version=3)
     refused(weights(1), "serves draft version 4 and a push must not go back to 2", draft_version=2)
@@ -253,9 +245,7 @@ def test_sizes_below_one_are_refused() -> None:
 
 
 def self_test(sync: Syncer, engine: FakeEngine, real: dict[Role, Named]):  # type: ignore[no-untyped-def]
-    return sync.self_test(
-        engine, version=0, target=real["target"].items(), draft_version=0, draft=real["draft"].items()
-    )
+    return sync.self_test([engine], version=0, target=real["target"], draft_version=0, draft=real["draft"])
 
 
 def test_the_self_test_scrambles_every_tensor_and_puts_the_real_ones_back() -> None:
@@ -298,6 +288,214 @@ def test_the_self_test_takes_bool_integer_and_empty_tensors() -> None:
         }
     }
     engine = FakeEngine(real)
-    (receipt,) = syncer().self_test(engine, version=0, target=real["target"].items())
+    (receipt,) = syncer().self_test([engine], version=0, target=real["target"])
     assert receipt.verified
     assert_serves(engine, real)
+
+
+def two() -> tuple[FakeEngine, FakeEngine]:
+    return FakeEngine(weights(0), name="a"), FakeEngine(weights(0), name="b", draft_depth=5)
+
+
+def push_all(sync: Syncer, engines: Sequence[FakeEngine], new: dict[Role, Named], version: int = 1):  # type: ignore[no-untyped-def]
+    return sync.push(engines, version=version, target=new["target"], draft_version=version, draft=new["draft"])
+
+
+def test_members_are_pushed_to_in_one_session() -> None:
+    a, b = two()
+    sync, new = syncer(), weights(1)
+    receipts = push_all(sync, (a, b), new)
+    assert [(r.engine, r.role, r.verified) for r in receipts] == [
+        ("a", "target", True),
+        ("b", "target", True),
+        ("a", "draft", True),
+        ("b", "draft", True),
+    ]
+    assert_serves(a, new)
+    assert_serves(b, new)
+    assert sync.verified == 4 and sync.bytes["target"] == 196  # once, not for each member
+
+
+@pytest.mark.parametrize("fault", ["flip", "raise"])
+def test_a_member_with_a_bad_target_leaves_and_the_others_go_on(fault: str) -> None:
+    a, b = two()
+
+    def on_load(role: Role, name: str, tensor: torch.Tensor) -> None:
+        if fault == "raise":
+            raise OSError("the bus is down")
+        flip_bit(tensor, 3)
+
+    a.on_load = on_load
+    sync, new = syncer(1), weights(1)
+    receipts = push_all(sync, (a, b), new)
+    assert [(r.engine, r.role, r.verified) for r in receipts] == [
+        ("a", "target", False),
+        ("b", "target", True),
+        ("b", "draft", True),
+    ]
+    assert len(a.left) == 1 and ("bus is down" if fault == "raise" else "embed: serves") in a.left[0]
+    assert a.versions() == {"target": -1, "draft": 0} and not b.left
+    assert len(a.loaded) == (1 if fault == "raise" else 4)  # nothing more after it failed
+    assert_serves(b, new)
+    a.on_load = lambda *_: None
+    assert all(r.verified for r in push_all(sync, (a, b), weights(2), 2))
+    assert a.versions() == b.versions() == {"target": 2, "draft": 2}
+
+
+def test_no_member_left_raises_with_all_their_receipts() -> None:
+    a, b = two()
+    a.drop, b.drop = {"norm"}, {"embed"}
+    with pytest.raises(
+        TargetSyncError, match=r"'a' does not serve.*norm: serves.*'b' does not serve.*embed: serves"
+    ) as e:
+        push_all(syncer(), (a, b), weights(1))
+    assert [r.engine for r in e.value.receipts] == ["a", "b"]
+    assert a.left and b.left and a.versions()["target"] == b.versions()["target"] == -1
+
+
+def test_only_the_member_with_a_bad_draft_gets_it_again() -> None:
+    a, b = two()
+    b.drop = {"fc"}
+    sync, new = syncer(10**6), weights(1)
+    receipts = push_all(sync, (a, b), new)
+    assert [(r.engine, r.verified, r.attempts) for r in receipts[2:]] == [("a", True, 1), ("b", False, 2)]
+    assert (a.draft_depth, b.draft_depth) == (3, 0) and sync.drafting(a) and not sync.drafting(b)
+    assert (len(a.loaded), len(b.loaded)) == (2, 3)
+    b.drop = set()
+    push_all(sync, (a, b), new)
+    assert b.draft_depth == 5 and sync.drafting(b)
+
+
+def test_a_member_that_restarts_without_its_draft_gets_the_target_again() -> None:
+    a, b = two()
+    b.restarts, b.drop = True, {"fc"}
+    sync, new = syncer(10**6), weights(1)
+    receipts = push_all(sync, (a, b), new)
+    assert [(r.engine, r.role, r.verified) for r in receipts] == [
+        ("a", "target", True),
+        ("b", "target", True),
+        ("a", "draft", True),
+        ("b", "draft", False),
+    ]
+    assert b.versions() == {"target": 1} and b.draft_depth == 0
+    assert [roles for _, roles in b.sessions] == [("target",), ("draft",), ("draft",), ("target",)]
+    # it has no place for a draft now, and is not asked to take one
+    receipts = push_all(sync, (a, b), weights(2), 2)
+    assert [(r.engine, r.role) for r in receipts] == [("a", "target"), ("b", "target"), ("a", "draft")]
+    assert all(r.verified for r in receipts) and not sync.drafting(b)
+    # somebody started it anew with its draft: verified again, it drafts
+    b.drop = set()
+    b.set_draft_depth(5)
+    b.sessions.clear()
+    assert len(push_all(sync, (a, b), weights(3), 3)) == 4
+    assert sync.drafting(b) and b.draft_depth == 5 and b.versions() == {"target": 3, "draft": 3}
+
+
+def test_a_restart_whose_target_does_not_verify_leaves() -> None:
+    engine = FakeEngine(weights(0), restarts=True)
+    engine.drop = {"fc"}
+
+    def on_load(role: Role, name: str, tensor: torch.Tensor) -> None:
+        if engine.draft_depth == 0:
+            flip_bit(tensor, 0)
+
+    engine.on_load = on_load
+    with pytest.raises(TargetSyncError, match="embed: serves"):
+        push(syncer(), engine, weights(1))
+    assert len(engine.left) == 1
+
+
+def test_a_member_that_another_one_cut_off_is_pushed_to_again() -> None:
+    class Chain(InProcess):
+        """When `a` fails, nobody gets anything."""
+
+        def send(self, members, role, bucket):  # type: ignore[no-untyped-def]
+            faults = super().send(members, role, bucket)
+            if "a" in faults:
+                faults |= {m.name: Fault(why="cut off", by="a") for m in members if m.name != "a"}
+            return faults
+
+    a, b = two()
+    a.on_load = lambda *_: (_ for _ in ()).throw(OSError("gone"))
+    sync = Syncer(Chain())
+    receipts = push_all(sync, (a, b), weights(1))
+    assert [(r.engine, r.verified, r.attempts) for r in receipts if r.role == "target"] == [
+        ("a", False, 1),
+        ("b", True, 2),
+    ]
+    assert_serves(b, weights(1))
+    assert (sync.verified, sync.failed) == (2, 2)
+
+
+def test_what_serves_nothing_takes_any_version() -> None:
+    engine = FakeEngine(weights(0), version=4)
+    engine.leave("a test")
+    engine.served["draft"] = -1
+    assert all(r.verified for r in push(syncer(), engine, weights(1), 2, 2))
+
+
+def test_all_members_are_checked_before_anything_is_sent() -> None:
+    a, b = FakeEngine(weights(0), name="a"), FakeEngine(weights(0), name="b", version=3)
+    with pytest.raises(ValueError, match="'b' serves target version 3"):
+        push_all(syncer(), (a, b), weights(1))
+    half = FakeEngine(weights(0, torch.bfloat16), name="half")
+    with pytest.raises(ValueError, match="'a' serves target tensor 'embed' as float32, engine 'half' as bfloat16"):
+        push_all(syncer(), (a, half), weights(1))
+    assert not a.sessions and not b.sessions and not half.sessions
+    with pytest.raises(ValueError, match="at least one engine"):
+        push_all(syncer(), (), weights(1))
+
+
+def gathered(new: Named, given: Sequence[tuple[str, torch.Tensor]] | None = None) -> tuple[Gathered, list[str]]:
+    taken: list[str] = []
+
+    def gather() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in new.items() if given is None else given:
+            taken.append(name)
+            yield name, tensor.clone()
+
+    return Gathered(shapes={n: tuple(t.shape) for n, t in new.items()}, tensors=gather), taken
+
+
+def test_weights_are_gathered_once_for_all_members() -> None:
+    a, b = two()
+    new = weights(1)["target"]
+    target, taken = gathered(new)
+    assert all(r.verified for r in syncer(1).push((a, b), version=1, target=target))
+    assert taken == list(SHAPES)
+    assert_serves(b, {"target": new})
+
+
+def test_shapes_are_checked_before_anything_is_gathered() -> None:
+    engine, (target, taken) = FakeEngine(weights(0)), gathered({**weights(1)["target"], "norm": torch.zeros(5)})
+    with pytest.raises(ValueError, match="'norm' has shape"):
+        syncer().push([engine], version=1, target=target)
+    assert not taken and not engine.sessions
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([("embed", torch.zeros(7, 4))], "norm: unexpected"),
+        ([*weights(1)["target"].items(), ("norm", torch.ones(4))], "'norm' comes twice"),
+        ([("odd", torch.zeros(7, 4))], "KeyError: 'odd'"),
+    ],
+)
+def test_weights_that_are_not_gathered_as_promised_do_not_verify(
+    given: list[tuple[str, torch.Tensor]], message: str
+) -> None:
+    engine = FakeEngine(weights(0))
+    with pytest.raises(TargetSyncError, match=message):
+        syncer().push([engine], version=1, target=gathered(weights(1)["target"], given)[0])
+    assert engine.open == ()
+
+
+def test_a_session_ends_everywhere_when_the_trainer_fails() -> None:
+    class Interrupted(InProcess):
+        def send(self, members, role, bucket):  # type: ignore[no-untyped-def]
+            raise KeyboardInterrupt
+
+    a, b = two()
+    with pytest.raises(KeyboardInterrupt):
+        push_all(Syncer(Interrupted()), (a, b), weights(1))
+    assert a.open == b.open == ()

@@ -1,0 +1,205 @@
+"""The SGLang servers of a run: started or joined, told what they will be sent, and supplied with weights.
+
+Invariant: a server that comes back after it died is sent what `Serving.weights` gives, the very weights that the others
+serve, before it generates.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miles_spec.config import RunConfig
+from miles_spec.draft.export import TOKEN_MAP, export, export_target
+from miles_spec.draft.modules import DraftHead
+from miles_spec.models import Loaded
+from miles_spec.rollout.fleet import Fleet
+from miles_spec.rollout.sglang import SGLangServer
+from miles_spec.rollout.sglang_api import Keys
+from miles_spec.rollout.sglang_args import ServerSettings
+from miles_spec.sync.placement import dtype_name
+from miles_spec.sync.session import Syncer
+from miles_spec.sync.transports import Collective, Disk, Ipc, Transport
+from miles_spec.types import Role, TensorMeta
+
+TRAINED_BYTES = 12
+"""Per weight, what training adds beside the weights themselves: a gradient and two moments in float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """What all servers are to serve."""
+
+    version: int
+    target: Mapping[str, Tensor]
+    draft_version: int | None = None
+    draft: Mapping[str, Tensor] | None = None
+    """None where they serve no draft yet."""
+
+
+class Serving:
+    """The fleet, what pushes to it, and what both have to know of the policy and the draft."""
+
+    def __init__(
+        self, config: RunConfig, loaded: Loaded, folder: Path, max_context: int, weights: Callable[[], Weights]
+    ) -> None:
+        """Writes what servers start from into `folder`; starts nothing yet.
+
+        `weights` gives what the servers are to serve now; it is called at every push. Raises `ValueError` for GPUs that
+        are not there or have no room.
+        """
+        self.weights = weights
+        self._loaded = loaded
+        self._max_context = max_context
+        self._folder = folder
+        self._dtype = loaded.dtype
+        self._metas: dict[Role, dict[str, TensorMeta]] = {}
+        rollout, fleet = config.rollout, config.fleet
+        given = {name.replace("-", "_"): value for name, value in config.sglang.items()}
+        ranks = int(given.get("tp_size", given.get("tensor_parallel_size", 1)))
+        placed = [] if rollout.urls else _placed(fleet.gpus, fleet.engines, ranks, loaded.device)
+        here = loaded.device.index or 0
+        beside = loaded.device.type == "cpu" or any(here in gpus for gpus in placed)
+        self.releases = fleet.release and beside and loaded.device.type == "cuda"
+        export_target(loaded.model, loaded.tokenizer, folder / "target", dtype=loaded.dtype)
+        settings = ServerSettings(
+            model_path=str(folder / "target"),
+            rule=rollout.rule,
+            dtype=dtype_name(loaded.dtype),
+            context_length=max_context,
+            max_running=rollout.max_running,
+            seed=config.seed,
+            release=self.releases,
+            extra=config.sglang,
+        )
+        self._servers = [
+            SGLangServer(
+                name=f"server{i}",
+                settings=_with_room(settings, gpus, loaded, fleet.margin_gb) if here in gpus else settings,
+                keys=Keys.random(),
+                host=fleet.host,
+                launch=fleet.launch or (sys.executable, "-m", "miles_spec.rollout.launch"),
+                gpus=gpus,
+                folder=folder,
+                eos=loaded.eos_ids,
+                start_timeout_s=fleet.start_timeout_s,
+            )
+            for i, gpus in enumerate(placed)
+        ] or [
+            SGLangServer(
+                name=url,
+                settings=settings,
+                keys=Keys.of_environment(),
+                join=url,
+                eos=loaded.eos_ids,
+                start_timeout_s=fleet.start_timeout_s,
+            )
+            for url in rollout.urls
+        ]
+        self.fleet = Fleet(
+            self._servers,
+            recover=self._recover,
+            max_running=rollout.max_running,
+            max_context=max_context,
+            releases=self.releases,
+            probe_s=fleet.probe_s,
+            dead_after_s=fleet.dead_after_s,
+            start_timeout_s=fleet.start_timeout_s,
+            request_timeout_s=fleet.request_timeout_s,
+        )
+        transport = _transport(config, loaded.device, folder, beside=beside and not rollout.urls)
+        self.syncer = Syncer(transport, bucket_bytes=fleet.bucket_mb << 20)
+
+    def start(self) -> None:
+        """Starts or joins all servers. Raises `RunError` with the end of a log if one does not come up."""
+        self.fleet.start()
+        self._learn("target", self.weights().target)
+
+    def attach_draft(self, draft: DraftHead, tensors: Mapping[str, Tensor], depth: int) -> None:
+        """From now on the servers draft `depth` tokens with drafts such as `draft`, whose served tensors are
+        `tensors`; they start anew for that, and must be pushed to before they generate."""
+        folder = self._folder / "draft"
+        export(draft, folder, dtype=self._dtype)
+        token_map = str(folder / TOKEN_MAP) if draft.vocab_ids is not None else ""
+        for server in self._servers:
+            server.settings = replace(server.settings, draft_path=str(folder), token_map=token_map)
+        self.fleet.set_draft_depth(depth)
+        self._learn("target", self.weights().target)
+        self._learn("draft", tensors)
+
+    def beside(self, config: RunConfig, folder: Path) -> Serving:
+        """Other servers of the same policy, as `config` describes them; to be started."""
+        return Serving(config, self._loaded, folder, self._max_context, self.weights)
+
+    def stop(self) -> None:
+        """Ends servers that are ours, and the transport."""
+        self.fleet.stop()
+        self.syncer.transport.stop()
+
+    def _learn(self, role: Role, tensors: Mapping[str, Tensor]) -> None:
+        self._metas[role] = {n: TensorMeta(shape=tuple(t.shape), dtype=dtype_name(t.dtype)) for n, t in tensors.items()}
+        for server in self._servers:
+            server.learn(role, self._metas[role])
+
+    def _recover(self, server: SGLangServer) -> None:
+        """For a server that started again."""
+        for role in server.versions():
+            server.learn(role, self._metas[role])
+        now = self.weights()
+        self.syncer.push(
+            [server],
+            version=now.version,
+            target=now.target,
+            draft_version=now.draft_version,
+            draft=now.draft if "draft" in server.versions() else None,
+        )
+
+
+def _placed(gpus: tuple[int, ...], engines: int, ranks: int, device: torch.device) -> list[tuple[int, ...]]:
+    """The GPUs of each server to start; empty ones on a CPU."""
+    if device.type == "cpu" and not gpus:
+        return [()] * engines
+    there = torch.cuda.device_count()
+    gpus = gpus or tuple(range(min(there, engines * ranks)))
+    if max(gpus) >= there:
+        raise ValueError(f"fleet.gpus names GPU {max(gpus)}, and there are {there}")
+    if len(gpus) < engines * ranks:
+        raise ValueError(
+            f"{engines} servers of {ranks} GPUs each need {engines * ranks}, and there are {len(gpus)}; lower "
+            "fleet.engines or sglang.tp_size, or name more in fleet.gpus"
+        )
+    return [gpus[i * ranks : (i + 1) * ranks] for i in range(engines)]
+
+
+def _with_room(settings: ServerSettings, gpus: tuple[int, ...], loaded: Loaded, margin_gb: float) -> ServerSettings:
+    """Leaves the trainer of the same GPU the memory that it will take, and `margin_gb` beside."""
+    if not gpus or "mem_fraction_static" in {name.replace("-", "_") for name in settings.extra}:
+        return settings
+    free, _ = torch.cuda.mem_get_info(loaded.device)
+    kept = TRAINED_BYTES * sum(p.numel() for p in loaded.model.parameters()) + margin_gb * 2**30
+    fraction = 1 - kept / free
+    if fraction < 0.05:
+        raise ValueError(
+            f"GPU {loaded.device.index or 0} has {free / 2**30:.1f} GiB free, and training needs about "
+            f"{kept / 2**30:.1f} GiB of it, fleet.margin_gb included; give the servers other GPUs with fleet.gpus"
+        )
+    return replace(settings, extra={**settings.extra, "mem_fraction_static": round(fraction, 3)})
+
+
+def _transport(config: RunConfig, device: torch.device, folder: Path, *, beside: bool) -> Transport:
+    kind = config.fleet.transport
+    if kind == "auto":
+        kind = "ipc" if beside else "nccl" if device.type == "cuda" else "gloo"
+    if kind in ("nccl", "gloo") and (kind == "nccl") != (device.type == "cuda"):
+        raise ValueError(f'fleet.transport is "{kind}", and the trainer is on a {device.type}; set it to "auto"')
+    if kind == "ipc":
+        return Ipc(device)
+    if kind == "disk":
+        return Disk(Path(config.fleet.folder) if config.fleet.folder else folder / "push")
+    return Collective(kind, device=device, host=config.fleet.host)

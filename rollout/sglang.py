@@ -1,0 +1,511 @@
+"""One SGLang server, started by us or joined by its address: it generates, and receives weights.
+
+It is a `Member` whose weights lie in other processes. Invariant: it generates only while it serves a target that was
+pushed and verified; a start, a failed push and an open session each leave it without one (version -1).
+
+Safe to use from several threads; `complete`, `probe` and `abort` run in the caller's event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from miles_spec.rollout.sglang_api import (
+    Api,
+    Features,
+    Keys,
+    ServerBusy,
+    check_served,
+    completion,
+    json_object,
+    payload,
+    refuse,
+)
+from miles_spec.rollout.sglang_args import ServerSettings, arguments, installed, refuse_greedy
+from miles_spec.rollout.sglang_process import ServerProcess, environment, start_server
+from miles_spec.rollout.sglang_session import PushSession
+from miles_spec.sync.wire import Mailbox
+from miles_spec.types import Completion, Request, Role, RunError, TensorMeta
+
+log = logging.getLogger(__name__)
+
+CONTROL_S = 120.0
+"""For a control call such as a flush or the release of memory."""
+FLUSH_S = 30.0
+"""For requests that were given up to end, before a flush that cannot happen is an error."""
+
+
+class SGLangServer:
+    """One server; `url` is empty until it has started."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        settings: ServerSettings,
+        keys: Keys,
+        draft_depth: int = 0,
+        join: str = "",
+        host: str = "127.0.0.1",
+        launch: Sequence[str] = (),
+        gpus: Sequence[int] = (),
+        folder: Path | None = None,
+        eos: Sequence[int] = (),
+        start_timeout_s: float = 900.0,
+        push_timeout_s: float = 300.0,
+    ) -> None:
+        """`join` is the address of a server that runs already; otherwise `launch` is the command that starts one on
+        `host` and `gpus` (indices), its log in `folder`. `eos` end a response beside the model's own tokens that do.
+        `push_timeout_s` is for each command of a session."""
+        assert join or (launch and folder is not None), "a server is either joined or started"
+        self.name = name
+        self.draft_depth = draft_depth
+        """Of a joined server it is what that server says, from `start` on."""
+        self.joined = bool(join)
+        """Whether it was not started by us: then it cannot be restarted."""
+        self.settings = settings
+        self.url = join.rstrip("/")
+        self.ranks = 1
+        """Tensor-parallel processes, from `start` on."""
+        self.features: Features | None = None
+        """What the server says of itself, from `start` on."""
+        self._keys = keys
+        self._host = host
+        self._launch = tuple(launch)
+        self._gpus = tuple(gpus)
+        self._folder = folder
+        self._eos = tuple(eos)
+        self._start_timeout_s = start_timeout_s
+        self._push_timeout_s = push_timeout_s
+        self._lock = threading.Lock()
+        self._process: ServerProcess | None = None
+        self._mailbox: Mailbox | None = None
+        self._session: PushSession | None = None
+        self._opened: tuple[Role, int] | None = None
+        self._broken = ""
+        self._running: dict[str, str] = {}
+        self._released: set[str] = set()
+        self._had_target = False
+        self._manifest: dict[Role, dict[str, TensorMeta]] = {}
+        self._versions: dict[Role, int] = {"target": -1}
+
+    # The process
+
+    def start(self) -> None:
+        """Starts the server, or looks at the joined one, and returns when it answers.
+
+        It serves nothing then: weights have to be learned and pushed. Raises `ValueError` for settings that cannot
+        work, and `RunError`, with the end of the log, for a server that does not come up or cannot be used.
+        """
+        assert self._process is None or self._process.status() is not None, "stop the server first"
+        self._forget()
+        if not self.joined:
+            self._start_process()
+        api = Api(self.url, self._keys)
+        try:
+            features = api.features(self._start_timeout_s)
+            check_served(features)
+            if self.joined and features.depth:  # the launch command of one of ours was asked before
+                refuse_greedy(self.settings.rule, [features.device])
+            if not self.joined and features.depth != self.draft_depth:
+                raise RunError(
+                    f"it was told to draft {self.draft_depth} tokens and says that it drafts {features.depth}"
+                )
+        except (ConnectionError, TimeoutError, RunError, ValueError) as error:
+            last = "" if self.alive() else f"; the end of its log:\n{self.log_lines()}"
+            self.stop()
+            raise RunError(f"server {self.name!r} at {self.url} cannot be used: {error}{last}") from error
+        with self._lock:
+            self.draft_depth, self.ranks, self.features = features.depth, features.ranks, features
+            self._versions = {"target": -1, "draft": -1} if features.depth else {"target": -1}
+        log.info(
+            "server %r: SGLang %s at %s, %d ranks, drafting %d tokens",
+            self.name,
+            features.version,
+            self.url,
+            features.ranks,
+            features.depth,
+        )
+
+    def stop(self) -> None:
+        """Ends its processes, children included, if they are ours; may be called again, and while `start` waits."""
+        with self._lock:
+            process, mailbox, self._mailbox = self._process, self._mailbox, None
+        if mailbox is not None:
+            mailbox.close()
+        if process is not None:
+            process.stop()
+        self._forget()
+
+    def alive(self) -> bool:
+        """False once the process has exited; true for a joined server, of which only `probe` knows."""
+        process = self._process
+        return self.joined or (process is not None and process.status() is None)
+
+    def log_lines(self, count: int = 30) -> str:
+        """The end of its log; "" for a joined server."""
+        return self._process.last_lines(count) if self._process is not None else ""
+
+    def set_draft_depth(self, depth: int) -> None:
+        """Restarts the server if it drafts another number of tokens: SGLang cannot change that while it runs.
+
+        Raises `ValueError` without a draft and for a joined server, and as `start` does.
+        """
+        if depth < 0 or (depth and not self.settings.draft_path and not self.joined):
+            raise ValueError(f"server {self.name!r} cannot draft {depth} tokens: it has no draft")
+        if depth == self.draft_depth:
+            return
+        if self.joined:
+            raise ValueError(
+                f"server {self.name!r} drafts {self.draft_depth} tokens and was not started by this run; restart it "
+                f"with --speculative-num-steps {depth}"
+            )
+        with self._lock:
+            self._require_idle("change its draft depth")
+        self.stop()
+        self.draft_depth = depth
+        self.start()
+
+    def _start_process(self) -> None:
+        assert self._folder is not None
+        variables = environment(self._gpus)
+        known = installed(self._launch, variables, self._start_timeout_s)
+
+        def command(port: int) -> list[str]:
+            return [*self._launch, *arguments(self.settings, self.draft_depth, known, host=self._host, port=port)]
+
+        def started(process: ServerProcess, url: str) -> None:
+            with self._lock:
+                self._process, self.url = process, url
+
+        path = self._folder / f"{self.name}.log"
+        try:
+            start_server(
+                command, variables, self._keys, path, host=self._host, timeout_s=self._start_timeout_s, started=started
+            )
+        except RunError as error:
+            raise RunError(f"server {self.name!r} {error}") from None
+
+    def _forget(self) -> None:
+        """Nothing is known of what it serves."""
+        with self._lock:
+            self._versions = dict.fromkeys(self._versions, -1)
+            self._manifest, self._released, self._had_target = {}, set(), False
+
+    # Generation
+
+    def check(self, request: Request) -> None:
+        """Raises `ValueError` for a request that can never run here."""
+        payload(request, "", eos=self._eos)
+        features = self._known_features()
+        # SGLang cuts a response at two tokens less, and refuses a prompt at seven less; with a draft it keeps a block
+        context = int(features.info.get("context_length") or self.settings.context_length)
+        room = min(context, int(features.info.get("max_total_num_tokens") or context)) - 2
+        if features.depth:
+            room = min(room, context - features.depth - 1)
+        prompt, response = len(request.tokens), request.sampling.max_new_tokens
+        if prompt + response > room or prompt > room - 6:
+            raise ValueError(
+                f"request {request.id!r} has {prompt} tokens and asks for {response} more, and server {self.name!r} "
+                f"has room for {room}; lower rollout.max_new_tokens or data.max_prompt_tokens, or raise "
+                "rollout.max_context"
+            )
+
+    async def complete(self, http: aiohttp.ClientSession, request: Request) -> Completion:
+        """The response to one request.
+
+        Raises `RuntimeError` while it may not generate; aiohttp's errors, with `status` 429 or 503 where the server is
+        busy, `ConnectionError` for other failures of the server; `RunError` for an answer that cannot be used.
+        `Completion.accepted` is empty, since SGLang does not say which tokens were drafted. For `logprobs` and the
+        counters see `sglang_api`.
+        """
+        features = self._known_features()
+        # not the request's own id: aborting "a1" would also abort "a10"
+        rid = uuid.uuid4().hex
+        body = payload(request, rid, eos=self._eos)
+        with self._lock:
+            self._require_serving()
+            if request.id in self._running:
+                raise RuntimeError(f"request {request.id!r} runs already on server {self.name!r}")
+            self._running[request.id] = rid
+            target, draft, depth = self._versions["target"], self._versions.get("draft", -1), features.depth
+        try:
+            text = await self._post(http, "/generate", body)
+        finally:
+            with self._lock:
+                self._running.pop(request.id, None)
+        return completion(
+            request,
+            json_object(text, f"{self.url}/generate"),
+            depth=depth,
+            version=features.version,
+            target=target,
+            draft=draft if draft >= 0 else None,
+        )
+
+    async def abort(self, http: aiohttp.ClientSession, request_ids: Iterable[str] | None = None) -> None:
+        """Ends the named requests (all if None); their `complete` returns what they have."""
+        with self._lock:
+            ids = list(self._running) if request_ids is None else request_ids
+            rids = [self._running[i] for i in ids if i in self._running]
+        for rid in rids:
+            await self._post(http, "/abort_request", {"rid": rid}, admin=True)
+
+    async def probe(self, http: aiohttp.ClientSession) -> bool:
+        """Whether it answers and says that it is well, after making a token where it can. Raises aiohttp's errors."""
+        with self._lock:
+            # during a session SGLang keeps requests waiting; without its memory it would die of one
+            able = self._session is None and not self._released
+        path = "/health_generate" if able else "/health"
+        async with http.get(self.url + path, headers=self._keys.header()) as answer:
+            return answer.status == 200
+
+    def pause(self) -> None:
+        """Requests stop where they are, and go on with `resume`; new ones wait."""
+        self._control("/pause_generation", {"mode": "retract"})
+
+    def resume(self) -> None:
+        """Requests go on after `pause`."""
+        self._control("/continue_generation", {})
+
+    def flush(self) -> None:
+        """Empties the prefix cache. Raises `RunError` if requests still run after a while."""
+        until_s = time.monotonic() + FLUSH_S
+        while True:
+            try:
+                self._control("/flush_cache", {})
+                return
+            except RunError:
+                if time.monotonic() > until_s:
+                    raise
+            time.sleep(0.1)
+
+    async def _post(
+        self, http: aiohttp.ClientSession, path: str, body: Mapping[str, Any], *, admin: bool = False
+    ) -> str:
+        async with http.post(
+            self.url + path,
+            json=body,
+            headers=self._keys.header(admin=admin),
+            timeout=aiohttp.ClientTimeout(total=None),  # the caller's to decide
+        ) as answer:
+            text = await answer.text()
+            try:
+                refuse(answer.status, text, self.url + path)
+            except ServerBusy as busy:
+                if busy.status not in (429, 503):
+                    raise
+                raise aiohttp.ClientResponseError(
+                    answer.request_info, answer.history, status=busy.status, message=str(busy)
+                ) from None
+        return text
+
+    # Memory
+
+    def release(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
+        """Gives the GPU memory of `tags` back; weights are kept in the host's. Raises `RuntimeError` while requests run
+        or a session is open."""
+        if not self.settings.release:
+            raise ValueError(f"server {self.name!r} cannot release its memory; set fleet.release = true")
+        with self._lock:
+            self._require_idle("release its memory")
+            # from here on no request and no probe makes a token
+            tags = [tag for tag in tags if tag not in self._released]
+            self._released |= set(tags)
+        if tags:
+            if self._released == set(tags):
+                self.flush()  # SGLang asserts that nothing runs, a probe's token included
+            self._control("/release_memory_occupation", {"tags": tags})
+
+    def wake(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
+        """Takes the GPU memory of `tags` again; weights are what they were."""
+        with self._lock:
+            tags = [tag for tag in tags if tag in self._released]
+        if tags:
+            self._control("/resume_memory_occupation", {"tags": tags})
+            with self._lock:
+                self._released -= set(tags)
+
+    # Weights
+
+    def versions(self) -> Mapping[Role, int]:
+        """By role; -1 where nothing verified is served."""
+        with self._lock:
+            return dict(self._versions)
+
+    def manifest(self) -> Mapping[Role, Mapping[str, TensorMeta]]:
+        """What `learn` found, by role; empty after a start."""
+        with self._lock:
+            return {role: dict(named) for role, named in self._manifest.items()}
+
+    def leave(self, reason: str) -> None:
+        """Stops generating until a push of the target verifies."""
+        with self._lock:
+            served = max(self._versions.values()) >= 0
+            self._versions = dict.fromkeys(self._versions, -1)
+        log.log(logging.WARNING if served else logging.DEBUG, "server %r leaves: %s", self.name, reason)
+
+    def learn(self, role: Role, metas: Mapping[str, TensorMeta]) -> None:
+        """Has every rank find out where the tensors of a role lie in its memory; the role serves nothing then.
+
+        Raises `RunError` with all faults where a tensor has no place, or a served tensor is reached by none.
+        """
+        self._open(role, -1)
+        assert self._session is not None
+        tensors = [[name, meta.dtype, list(meta.shape)] for name, meta in metas.items()]
+        try:
+            answers = self._session.ask({"do": "learn", "tensors": tensors}, self._start_timeout_s)
+        except (ConnectionError, TimeoutError) as error:
+            raise RunError(f"server {self.name!r} did not learn its {role}: {error}") from error
+        finally:
+            self._close()
+        faults = [
+            fault
+            for answer in answers
+            for fault in ([answer["fault"]] if "fault" in answer else answer.get("faults", []))
+        ]
+        if faults:
+            raise RunError(f"server {self.name!r} cannot take the {role}: " + "; ".join(dict.fromkeys(faults)))
+        served = answers[0]["served"]
+        with self._lock:
+            self._manifest[role] = {
+                name: TensorMeta(shape=tuple(shape), dtype=dtype) for name, (dtype, shape) in served.items()
+            }
+
+    def begin_update(self, version: int, roles: Sequence[Role]) -> None:
+        """Opens a session of one role, which serves nothing until the session ends well.
+
+        Raises `RuntimeError` while a session is open or requests run, `ValueError` for a role it does not serve, and as
+        `PushSession` does.
+        """
+        (role,) = roles
+        self._open(role, version)
+
+    def deliver(self, command: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Has every rank obey `command`; the first rank's answer, or the first fault's.
+
+        Raises `ConnectionError` when a rank is gone and `TimeoutError` when it does not answer.
+        """
+        session = self._session
+        if session is None:
+            raise RuntimeError(f"server {self.name!r} has no session open")
+        try:
+            answers = session.ask(command)
+        except (ConnectionError, TimeoutError) as error:
+            self._broken = f"{command.get('do')}: {error}"
+            raise
+        return next((answer for answer in answers if "fault" in answer), answers[0])
+
+    def end_update(self) -> Mapping[Role, Mapping[str, str]]:
+        """Reads the digests of all that is served of the session's role, and closes the session, also after an error.
+
+        A tensor on which the ranks do not agree gets a text that no digest equals. Raises `RunError`, `ConnectionError`
+        or `TimeoutError` if they cannot be read or the server did not end the session; the role then serves nothing.
+        """
+        session, opened = self._session, self._opened
+        if session is None or opened is None:
+            raise RuntimeError(f"server {self.name!r} has no session open")
+        role, version = opened
+        try:
+            if self._broken:
+                raise ConnectionError(f"server {self.name!r} broke off the session at {self._broken}")
+            answers = session.ask({"do": "digest"})
+            if fault := next((answer["fault"] for answer in answers if "fault" in answer), None):
+                raise RunError(f"server {self.name!r} cannot say what it serves: {fault}")
+        finally:
+            self._close()
+        with self._lock:
+            self._versions[role] = version
+        return {role: _agreed([answer["digests"] for answer in answers])}
+
+    def _open(self, role: Role, version: int) -> None:
+        features = self._known_features()
+        with self._lock:
+            self._require_idle("take weights")
+            if role not in self._versions:
+                raise ValueError(f"server {self.name!r} serves no {role}")
+            if role == "draft" and not features.selector and not self._had_target:
+                raise ValueError(
+                    f"server {self.name!r} with SGLang {features.version} must get its target before its draft"
+                )
+            if self._mailbox is None:
+                self._mailbox = Mailbox(self._mailbox_host())
+            mailbox = self._mailbox
+            self._opened, self._broken = (role, version), ""
+            self._versions[role] = -1
+        try:
+            session = PushSession(Api(self.url, self._keys), features, mailbox, role, self._push_timeout_s)
+        except BaseException:
+            with self._lock:
+                self._opened = None
+            raise
+        with self._lock:
+            self._session = session
+            self._had_target = self._had_target or role == "target"
+
+    def _close(self) -> None:
+        """Ends the session; what was cached with the old weights goes."""
+        session = self._session
+        assert session is not None
+        try:
+            session.close()
+            # without the cache's memory there is nothing in it: its release emptied it
+            if "kv_cache" not in self._released:
+                self.flush()
+        finally:
+            with self._lock:
+                self._session = self._opened = None
+
+    # Smaller things
+
+    def _control(self, path: str, body: Mapping[str, Any]) -> None:
+        Api(self.url, self._keys).ask(path, body, admin=True, timeout_s=CONTROL_S)
+
+    def _known_features(self) -> Features:
+        if self.features is None:
+            raise RuntimeError(f"server {self.name!r} has not started")
+        return self.features
+
+    def _require_serving(self) -> None:
+        if self._opened is not None:
+            raise RuntimeError(f"server {self.name!r} takes weights and generates when that has ended")
+        if self._released:
+            raise RuntimeError(f"server {self.name!r} has released its memory; wake it first")
+        if self._versions["target"] < 0:
+            raise RuntimeError(f"server {self.name!r} serves no verified target; push one first")
+
+    def _require_idle(self, to: str) -> None:
+        if self._opened is not None:
+            raise RuntimeError(f"server {self.name!r} cannot {to} while a session is open")
+        if self._running:
+            raise RuntimeError(f"server {self.name!r} cannot {to} while {len(self._running)} requests run")
+
+    def _mailbox_host(self) -> str:
+        """An address of this host that the server can reach."""
+        host = urlsplit(self.url).hostname or "127.0.0.1"
+        if not self.joined:
+            return host
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing, and chooses the address
+            return str(probe.getsockname()[0])
+
+
+def _agreed(by_rank: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """One digest for each tensor; where the ranks differ, what each of them says."""
+    names = dict.fromkeys(name for digests in by_rank for name in digests)
+    merged = {}
+    for name in names:
+        said = [digests.get(name, "nothing") for digests in by_rank]
+        same = len(set(said)) == 1
+        merged[name] = said[0] if same else ", ".join(f"rank {i}: {digest}" for i, digest in enumerate(said))
+    return merged

@@ -1,0 +1,329 @@
+"""SGLang over HTTP: keys, endpoints, what a server can do, and its answers as `Completion`s.
+
+Invariant: what a server does not say is an error that names it, never a guess.
+
+Read in SGLang 0.5.17 and 0.5.21:
+
+- With both keys set, generation, `/model_info` and `/openapi.json` want the API key, and whatever changes a server
+  (weights, memory, cache, pause, abort) wants the admin key; `/health` wants none. `/server_info` wants the API key,
+  and the admin key on servers that `miles_spec.rollout.launch` started, because it returns both keys.
+- `output_token_logprobs` are log-softmax of the logits over the temperature, before top-k and top-p, both on the plain
+  path (`layers/sampler.py`) and on the speculative one (`compute_spec_v2_logprobs`); at temperature 0 they are those at
+  temperature 1. That is what `Completion.logprobs` asks for, so nothing is corrected. The environment variable
+  SGLANG_RETURN_ORIGINAL_LOGPROB changes both; `sglang_args.check` refuses it.
+- The counters stand in `meta_info` only of a request that took part in a verify step.
+  `spec_correct_drafts_histogram[i]` is the number of verify steps with `i` accepted drafts; like
+  `spec_num_correct_drafts` it includes drafts that were cut off behind the response's end, see `counts`.
+- `/abort_request` aborts every request whose id *starts* with the id given.
+- `sampling_seed` is taken always and used only by a server with `enable_deterministic_inference`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import secrets
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from miles_spec.rollout.launch import ADMIN_KEY, API_KEY
+from miles_spec.rollout.sglang_args import LOADER, OLDEST, version_of
+from miles_spec.types import Completion, Finish, Request, RunError, SpecCounts, VersionSpan
+
+# a proxy from the environment must not see the keys, and knows no loopback address
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class ServerBusy(ConnectionError):
+    """The server is there and cannot serve now (429 or 5xx); the request may be tried again."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """The two keys of a server; "" where it has none."""
+
+    api: str = field(default="", repr=False)
+    admin: str = field(default="", repr=False)
+
+    @staticmethod
+    def random() -> Keys:
+        """New keys for one run."""
+        return Keys(api=secrets.token_urlsafe(32), admin=secrets.token_urlsafe(32))
+
+    @staticmethod
+    def of_environment() -> Keys:
+        """Those of servers that already run; without an admin key SGLang takes the API key for everything."""
+        api = os.environ.get(API_KEY, "")
+        return Keys(api=api, admin=os.environ.get(ADMIN_KEY, api))
+
+    def header(self, *, admin: bool = False) -> dict[str, str]:
+        """The header that shows a key."""
+        key = self.admin if admin else self.api
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """What a server is and can do, as itself says."""
+
+    version: str
+    selector: bool
+    """Whether it has `/begin_weight_update` and pushes by role."""
+    ranks: int
+    """Tensor-parallel processes."""
+    depth: int
+    """Drafted tokens per block; 0 without speculation."""
+    device: str
+    info: Mapping[str, Any] = field(repr=False)
+    """All of `/server_info`, without the keys."""
+
+
+class Api:
+    """Control calls to one server, each of which waits for its answer; from any thread."""
+
+    def __init__(self, url: str, keys: Keys) -> None:
+        self.url = url.rstrip("/")
+        self.keys = keys
+
+    def call(
+        self, path: str, body: Mapping[str, Any] | None = None, *, admin: bool = False, timeout_s: float
+    ) -> tuple[int, str]:
+        """Status and text of a GET (without a body) or a POST, an error status included.
+
+        Raises `ConnectionError` if the server is not there and `TimeoutError` if it does not answer in time.
+        """
+        request = urllib.request.Request(
+            self.url + path,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json", **self.keys.header(admin=admin)},
+            method="GET" if body is None else "POST",
+        )
+        try:
+            with _OPENER.open(request, timeout=timeout_s) as answer:
+                return answer.status, answer.read().decode(errors="replace")
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode(errors="replace")
+        except TimeoutError:
+            raise TimeoutError(f"{self.url}{path} did not answer within {timeout_s:g} s") from None
+        except OSError as error:  # URLError is one
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                raise TimeoutError(f"{self.url}{path} did not answer within {timeout_s:g} s") from None
+            raise ConnectionError(f"{self.url}{path} is not there: {reason}") from None
+        except http.client.HTTPException as error:  # an answer that is cut short, or is none
+            raise ConnectionError(f"{self.url}{path} gave no answer: {error}") from None
+
+    def ask(
+        self, path: str, body: Mapping[str, Any] | None = None, *, admin: bool = False, timeout_s: float = 30.0
+    ) -> str:
+        """The text of an answer with status 200. Raises as `call` and `refuse` do."""
+        status, text = self.call(path, body, admin=admin, timeout_s=timeout_s)
+        refuse(status, text, f"{self.url}{path}")
+        return text
+
+    def features(self, timeout_s: float = 60.0) -> Features:
+        """What the server is. Raises `RunError` for a version too old or an answer that lacks something."""
+        status, text = self.call("/server_info", timeout_s=timeout_s)
+        if status in (401, 403):
+            status, text = self.call("/server_info", admin=True, timeout_s=timeout_s)
+        elif status == 404:
+            oldest = ".".join(map(str, OLDEST))
+            raise RunError(f"{self.url} has no /server_info; is it an SGLang server of version {oldest} or newer?")
+        refuse(status, text, f"{self.url}/server_info")
+        info = json_object(text, f"{self.url}/server_info")
+        for key in ("version", "tp_size", "speculative_algorithm", "speculative_num_steps", "device"):
+            if key not in info:
+                raise RunError(f"{self.url}/server_info of SGLang {info.get('version', '?')} has no {key!r}")
+        version_of(str(info["version"]))
+        paths = json_object(self.ask("/openapi.json", timeout_s=timeout_s), f"{self.url}/openapi.json")["paths"]
+        return Features(
+            version=str(info["version"]),
+            selector="/begin_weight_update" in paths,
+            ranks=int(info["tp_size"]),
+            depth=int(info["speculative_num_steps"] or 0) if info["speculative_algorithm"] else 0,
+            device=str(info["device"]),
+            info={k: v for k, v in info.items() if k not in ("api_key", "admin_api_key", "ssl_keyfile_password")},
+        )
+
+
+def refuse(status: int, text: str, what: str) -> None:
+    """Raises what an error status means: `RunError` for a wrong key or a call that is refused, `ServerBusy` for one to
+    try again."""
+    if status == 200:
+        return
+    if status in (401, 403):
+        raise RunError(
+            f"{what} refuses the key; for servers that already run set the environment variables {API_KEY} and "
+            f"{ADMIN_KEY}"
+        )
+    if status == 429 or status >= 500:
+        raise ServerBusy(f"{what} answered {status}: {text[:300].strip()}", status)
+    raise RunError(f"{what} answered {status}: {text[:500].strip()}")
+
+
+def check_served(features: Features) -> None:
+    """Raises `RunError` if a server cannot take our pushes, or is set up so that it would not be exact."""
+    info, name = features.info, f"SGLang {features.version}"
+    if LOADER not in (info.get("custom_weight_loader") or ()):
+        raise RunError(f"this server cannot take our weights; start it with --custom-weight-loader {LOADER}")
+    for key in ("dp_size", "pp_size"):
+        if info.get(key, 1) != 1:
+            raise RunError(f"this server has {key} {info[key]}, and weights can only be pushed where it is 1")
+    if not features.depth:
+        return
+    if info["speculative_algorithm"] != "EAGLE":
+        raise RunError(f"this server drafts with {info['speculative_algorithm']}; only EAGLE is supported")
+    if info.get("speculative_adaptive"):
+        raise RunError("this server changes its draft depth while it runs (speculative_adaptive); start it without")
+    exact = {
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": features.depth + 1,
+        "speculative_accept_threshold_single": 1.0,
+        "speculative_accept_threshold_acc": 1.0,
+    }
+    for key, need in exact.items():
+        if key not in info:
+            raise RunError(f"/server_info of {name} has no {key!r}, so its speculation cannot be checked")
+        if info[key] != need:
+            raise RunError(
+                f"this server has {key} {info[key]} and must have {need:g}, or it is not exact or not counted"
+            )
+
+
+def payload(request: Request, rid: str, *, eos: Sequence[int] = ()) -> dict[str, Any]:
+    """The body of `/generate`; `eos` are the run's end-of-sequence tokens, `rid` names the request at the server.
+
+    Raises `ValueError` for what SGLang cannot do as asked.
+    """
+    sampling = request.sampling
+    if sampling.ignore_eos and sampling.stop_token_ids:
+        raise ValueError(
+            f"request {request.id!r} ignores end-of-sequence tokens and has stop tokens, which SGLang would ignore too"
+        )
+    return {
+        "rid": rid,
+        "input_ids": list(request.tokens),
+        "stream": False,
+        "return_logprob": True,
+        "logprob_start_len": -1,  # of the response alone
+        "sampling_params": {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "max_new_tokens": sampling.max_new_tokens,
+            "stop": list(sampling.stop),
+            "stop_token_ids": [] if sampling.ignore_eos else sorted({*sampling.stop_token_ids, *eos}),
+            "ignore_eos": sampling.ignore_eos,
+            "no_stop_trim": True,
+            "skip_special_tokens": True,  # of the text alone; a stop string may hold one
+            "sampling_seed": request.seed & (1 << 63) - 1,
+        },
+    }
+
+
+def completion(
+    request: Request, answer: Mapping[str, Any], *, depth: int, version: str, target: int, draft: int | None
+) -> Completion:
+    """SGLang's answer to `/generate` as a `Completion`; `depth` is how deep the server drafts, `version` SGLang's, and
+    `target` and `draft` those of the weights.
+
+    Raises `RunError` for an answer that lacks something or does not agree with itself.
+    """
+
+    def need(source: Mapping[str, Any], key: str) -> Any:
+        if key not in source:
+            raise RunError(
+                f"the answer of SGLang {version} to request {request.id!r} has no {key!r}; "
+                "it cannot be trained on, so use a version whose answers have it (0.5.17 and 0.5.21 are known to)"
+            )
+        return source[key]
+
+    meta = need(answer, "meta_info")
+    tokens = tuple(map(int, need(answer, "output_ids")))
+    finish = _finish(need(meta, "finish_reason"), version)
+    entries = need(meta, "output_token_logprobs")
+    if tuple(int(entry[1]) for entry in entries) != tokens:
+        raise RunError(
+            f"SGLang {version} returned {len(entries)} log-probabilities for {len(tokens)} tokens of request "
+            f"{request.id!r}, or of other tokens"
+        )
+    # no counters: nothing was verified, since the first token comes from the prefill and an abort may come any time
+    plain = not depth or len(tokens) <= 1 or (finish == "abort" and "spec_verify_ct" not in meta)
+    spec = (
+        SpecCounts()
+        if plain
+        else counts(
+            verify_steps=int(need(meta, "spec_verify_ct")),
+            correct=int(need(meta, "spec_num_correct_drafts")),
+            histogram=tuple(map(int, need(meta, "spec_correct_drafts_histogram"))),
+            tokens=len(tokens),
+            prefills=1 + int(need(meta, "num_retractions")),
+            depth=depth,
+        )
+    )
+    return Completion(
+        request_id=request.id,
+        tokens=tokens,
+        logprobs=tuple(float(entry[0]) for entry in entries),
+        accepted=(),
+        versions=(VersionSpan(start=0, end=len(tokens), target=target, draft=draft if spec.verify_steps else None),),
+        spec=spec,
+        finish=finish,
+        text=str(need(answer, "text")),
+    )
+
+
+def counts(
+    *, verify_steps: int, correct: int, histogram: Sequence[int], tokens: int, prefills: int, depth: int
+) -> SpecCounts:
+    """SGLang's counters as `SpecCounts`; `histogram[i]` are verify steps with `i` accepted drafts.
+
+    Each prefill and each verify step brings one token beside the accepted drafts. What that comes to beyond `tokens`
+    was cut off behind the response's end, in the last step, and is taken away here. The total is exact; which depth it
+    is taken from is not known (the deepest that fits).
+
+    Raises `RunError` if the counters contradict each other.
+    """
+    if (
+        sum(histogram) != verify_steps
+        or sum(i * n for i, n in enumerate(histogram)) != correct
+        or any(n for n in histogram[depth + 1 :])
+    ):
+        raise RunError(
+            f"SGLang counts {verify_steps} verify steps and {correct} accepted drafts, but by step {list(histogram)} "
+            f"at depth {depth}; these contradict each other"
+        )
+    accepted = [sum(histogram[i + 1 :]) for i in range(depth)]
+    cut = prefills + verify_steps + correct - tokens
+    if cut > 1:  # the first of them is the step's own token, the others are drafts
+        last = max((i for i, n in enumerate(histogram) if n and i >= cut), default=0)
+        for i in range(last + 1 - cut, last):
+            accepted[i] -= 1
+    return SpecCounts(verify_steps=verify_steps, drafted=(verify_steps,) * depth, accepted=tuple(accepted))
+
+
+def _finish(reason: Any, version: str) -> Finish:
+    kind = reason.get("type") if isinstance(reason, Mapping) else reason
+    if kind in ("stop", "length", "abort"):
+        return kind
+    raise RunError(f"SGLang {version} ended a request for a reason that is not known: {reason}")
+
+
+def json_object(text: str, what: str) -> dict[str, Any]:
+    """The JSON object that `what` answered with. Raises `RunError` for anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise RunError(f"{what} did not answer with a JSON object; is it an SGLang server?")
+    return value

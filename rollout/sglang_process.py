@@ -1,0 +1,169 @@
+"""A server's process: its environment, its log, and its end.
+
+Invariant: nothing of it outlives `stop`, and the keys stand in its environment alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import miles_spec
+from miles_spec.rollout.launch import ADMIN_KEY, API_KEY, PARENT
+from miles_spec.rollout.sglang_api import Api, Keys
+from miles_spec.types import RunError
+
+log = logging.getLogger(__name__)
+
+STARTS = 3
+"""Attempts to start when another process took the port meanwhile."""
+_PORT_TAKEN = re.compile(r"address already in use|port \d+ is (not available|already in use)", re.IGNORECASE)
+
+_NOT_INHERITED = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "SGLANG_API_KEY", API_KEY, ADMIN_KEY)
+"""The allocator's settings are the trainer's; with expandable segments a server could not release its memory."""
+
+
+def environment(gpus: Sequence[int] = ()) -> dict[str, str]:
+    """The variables of a server's process, without its keys; `gpus` are indices into those this process may see."""
+    variables = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
+    folder = str(Path(miles_spec.__file__).parents[1])
+    inherited = variables.get("PYTHONPATH", "")
+    variables["PYTHONPATH"] = f"{folder}{os.pathsep}{inherited}" if inherited else folder
+    variables["TQDM_DISABLE"] = "1"  # progress bars make a log unreadable
+    # /health would generate a token, also while the memory that needs is released
+    variables["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
+    if gpus:
+        visible = [name for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        if visible and max(gpus) >= len(visible):
+            raise ValueError(f"GPU {max(gpus)} is asked for, but CUDA_VISIBLE_DEVICES names {len(visible)}")
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] if visible else str(i) for i in gpus)
+    return variables
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on now; somebody may before it is used."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """One process with its children, in a process group of its own; standard output and errors go to `log`, which only
+    the user can read."""
+
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str], keys: Keys, log: Path) -> None:
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        given = {API_KEY: keys.api, ADMIN_KEY: keys.admin, PARENT: str(os.getpid())}
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            os.fchmod(descriptor, 0o600)  # the file may have been there
+            self._process = subprocess.Popen(
+                list(command),
+                env={**variables, **given},
+                stdin=subprocess.DEVNULL,
+                stdout=descriptor,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        finally:
+            os.close(descriptor)
+        atexit.register(self.stop, 0.0)
+
+    @property
+    def pid(self) -> int:
+        """Of the process, and of its group."""
+        return self._process.pid
+
+    def status(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs."""
+        return self._process.poll()
+
+    def last_lines(self, count: int = 30) -> str:
+        """The end of its log."""
+        with contextlib.suppress(OSError), self.log.open("rb") as file:
+            file.seek(max(0, self.log.stat().st_size - 64 * 1024))
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-count:])
+        return ""
+
+    def stop(self, grace_s: float = 5.0) -> None:
+        """Ends it and all of its children: asks, waits `grace_s`, then kills. May be called again, from any thread."""
+        if grace_s and self.status() is None:
+            self._process.terminate()  # it alone: SGLang takes a child that ends first for a crash
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(grace_s)
+        self._signal(signal.SIGKILL)  # the children too, whether or not their parent has ended
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+        # their memory is free only once they are gone; a process that nobody reaps stays in the group
+        until_s = time.monotonic() + 2
+        while self._signal(0) and time.monotonic() < until_s:
+            time.sleep(0.02)
+        atexit.unregister(self.stop)
+
+    def _signal(self, number: int) -> bool:
+        """False if the group has no process left."""
+        try:
+            os.killpg(self.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
+
+
+def start_server(
+    command: Callable[[int], Sequence[str]],
+    variables: Mapping[str, str],
+    keys: Keys,
+    path: Path,
+    *,
+    host: str,
+    timeout_s: float,
+    started: Callable[[ServerProcess, str], None],
+) -> None:
+    """Starts a server on a free port of `host` and returns when it answers; `command` makes its argument list from the
+    port, `path` is its log. `started` is told of the process and its address, before anything is waited for.
+
+    Raises `RunError` with the end of the log if it exits or does not come up in time; its processes are gone then.
+    """
+    until_s = time.monotonic() + timeout_s
+    for attempt in range(1, STARTS + 1):
+        port = free_port(host)
+        called = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        url = f"http://[{called}]:{port}" if ":" in called else f"http://{called}:{port}"
+        process = ServerProcess(command(port), variables, keys, path)
+        started(process, url)
+        fault = _wait(process, url, keys, until_s)
+        if not fault:
+            return
+        last = process.last_lines()
+        taken = process.status() is not None and _PORT_TAKEN.search(last)
+        process.stop(0.0)
+        if not taken or attempt == STARTS:
+            raise RunError(f"{fault}; the end of {path}:\n{last}")
+        log.warning("port %d was taken meanwhile; %s is started again", port, path.stem)
+
+
+def _wait(process: ServerProcess, url: str, keys: Keys, until_s: float) -> str:
+    """Why the server did not come up; "" once it answers."""
+    api, stranger = Api(url, keys), Api(url, Keys())
+    while time.monotonic() < until_s:
+        if process.status() is not None:
+            return f"exited with status {process.status()} before it was up"
+        with contextlib.suppress(ConnectionError, TimeoutError):  # not yet
+            status, _ = api.call("/health", timeout_s=5.0)
+            # it is ours if our key opens it and none does not: another server may have taken the port
+            if status == 200 and api.call("/model_info", timeout_s=5.0)[0] == 200:
+                status, _ = stranger.call("/model_info", timeout_s=5.0)
+                if status in (401, 403):
+                    return ""
+        time.sleep(0.1)
+    return "was not up in time"

@@ -1,0 +1,77 @@
+"""A whole run whose rollouts come from a real server: `miles-spec train` with `rollout.engine = "sglang"`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import tiny_tokenizer
+from miles_spec.config import RunConfig
+from miles_spec.loop import train
+from miles_spec.settings import load
+
+from .conftest import ARGUMENTS, HERE, PYTHON, make_pair
+
+RUN = """
+out = "{out}"
+steps = 3
+[model]
+path = "{work}/model"
+dtype = "float32"
+device = "cpu"
+[data]
+source = "{work}/tasks.jsonl"
+chat_template = false
+max_prompt_tokens = 24
+[reward]
+kind = "exact"
+[rollout]
+engine = "sglang"
+prompts_per_step = 2
+samples_per_prompt = 2
+temperature = 0.0
+max_new_tokens = 12
+max_running = 4
+[fleet]
+launch = ["{python}", "{server}"]
+[draft]
+num_steps = 2
+warmup_prompts = 4
+warmup_steps = 3
+"""
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    make_pair().model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    tasks = [{"prompt": f"say {i}", "answer": str(i)} for i in range(24)]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(t) + "\n" for t in tasks))
+    return folder
+
+
+def config(work: Path, out: Path, *overrides: str) -> RunConfig:
+    file = out.with_suffix(".toml")
+    text = RUN.format(out=out, work=work, python=PYTHON, server=HERE / "cpu_server.py")
+    text += "[sglang]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in ARGUMENTS.items())
+    file.write_text(text)
+    return load(file, overrides)
+
+
+def lines(out: Path) -> list[dict[str, object]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "step" in row]
+
+
+def test_a_whole_run(work: Path, tmp_path: Path) -> None:
+    train(config(work, tmp_path / "run"))
+    rows = lines(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert (row["receipts_verified"], row["receipts_failed"], row["engine_restarts"]) == (2, 0, 0)
+        assert row["rollout_kl"] < 1e-6 and row["rollout_logprob_diff"] < 1e-3
+        assert row["verify_steps"] > 0
+    assert [row["target_version"] for row in rows] == [1, 2, 3]
