@@ -117,6 +117,13 @@ class Run:
             torch.cuda.empty_cache()  # what training has left over, on the engine's own GPU
         self.engine.wake()
 
+    def gpu_gib_others(self) -> float | None:
+        """Memory of the trainer's GPU, in GiB, that is not the trainer's; None on a CPU."""
+        if self.trainer.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.trainer.device)
+        return float(total - free - torch.cuda.memory_reserved(self.trainer.device)) / 2**30
+
     def stop(self) -> None:
         """Ends what runs outside this process."""
         if self.serving is not None:

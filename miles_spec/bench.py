@@ -49,7 +49,8 @@ def rollout(
 ) -> list[Row]:
     """Prints the comparison for the run that `config` describes, and writes it into the run's directory.
 
-    Without `batches`, `BATCHES` are timed, with SGLang servers `SERVED_BATCHES`. With `result` it is also written there, as a benchmark's result. Raises `ValueError` if the run has no checkpoint
+    Without `batches`, `BATCHES` are timed, with SGLang servers `SERVED_BATCHES`. With `result` it is also written
+    there, as a benchmark's result. Raises `ValueError` if the run has no checkpoint
     to take the weights from, or no draft.
     """
     out = Path(config.out)

@@ -63,10 +63,12 @@ def _report(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
 def _bench_rollout(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
     from miles_spec.settings import load
 
+    if arguments.engine:
+        settings = [*settings, "--rollout.engine", arguments.engine]
     config = load(arguments.run, settings)
     from miles_spec.bench import rollout
 
-    rollout(config, arguments.json)
+    rollout(config, arguments.json, batches=arguments.batches, turns=arguments.turns)
 
 
 def _bench_kernels(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
@@ -98,9 +100,15 @@ def _parser() -> argparse.ArgumentParser:
         "rollout",
         _bench_rollout,
         "Times a finished run's rollouts without speculation, with the frozen and with the co-trained draft. "
-        "`--json PATH` writes the result there too.",
+        "`--json PATH` writes the result there too; `--engine sglang` times servers, `--batches 1,8` these sizes, "
+        "`--turns N` each so often.",
     )
     rollout.add_argument("--json", type=Path, metavar="PATH", help="write the result there too")
+    rollout.add_argument("--engine", choices=("embedded", "sglang"), help="in place of the run file's")
+    rollout.add_argument(
+        "--batches", type=lambda sizes: [int(size) for size in sizes.split(",")], default=(), metavar="SIZES"
+    )
+    rollout.add_argument("--turns", type=int, default=3)
     kernels = _add(
         measured,
         "kernels",

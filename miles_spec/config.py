@@ -119,8 +119,8 @@ class FleetConfig:
     engines: int = 1
     """Servers to start."""
     gpus: tuple[int, ...] = ()
-    """Indices of the GPUs they take, in turn, each as many as `tp_size` of `[sglang]` says; none: those of the run, from
-    the first on."""
+    """Indices of the GPUs they take, in turn, each as many as `tp_size` of `[sglang]` says; none: those that the run
+    sees, from the first on."""
     host: str = "127.0.0.1"
     """Address that servers listen on, and the run for their receipts. All else than loopback lets others on the network
     reach them, behind random keys."""
@@ -128,8 +128,8 @@ class FleetConfig:
     """Command that starts a server, its arguments appended; none: this Python's `-m miles_spec.rollout.launch`. For an
     SGLang that has a Python of its own."""
     transport: Literal["auto", "ipc", "nccl", "gloo", "disk"] = "auto"
-    """How weights travel. `auto`: `ipc` (memory of the same GPU, or of the same host on a CPU) where servers and trainer
-    share their device, else `nccl`; `disk` for servers that share only a folder."""
+    """How weights travel. `auto`: `ipc` (memory of the same GPU, or of the same host on a CPU) where servers and
+    trainer share their device, else `nccl`; `disk` for servers that share only a folder."""
     folder: str = ""
     """Where `disk` writes; "" for a folder within `out`."""
     release: bool = True

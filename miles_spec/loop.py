@@ -50,6 +50,7 @@ def train(config: RunConfig) -> Path:
                     groups = sample(run, step + 1, live)
                     sampled = time.perf_counter()
                     run.engine.release()
+                    others = run.gpu_gib_others()
                     live.phase("training")
                     started, stepping = time.perf_counter(), True
                     terms = optimize(run, groups)
@@ -68,6 +69,7 @@ def train(config: RunConfig) -> Path:
                         **sync_metrics(receipts, synced - awake),
                         "seconds_memory": started - sampled + awake - trained,
                         "seconds_checkpoint": saving_s,
+                        **({} if others is None else {"gpu_gib_others": others}),
                     }
                     shown = tuple(groups.samples[: config.tracking.samples])
                     report = StepReport(step=step, metrics=metrics, samples=shown)

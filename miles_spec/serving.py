@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +58,6 @@ class Serving:
         self._max_context = max_context
         self._folder = folder
         self._dtype = loaded.dtype
-        self._metas: dict[Role, dict[str, TensorMeta]] = {}
         rollout, fleet = config.rollout, config.fleet
         given = {name.replace("-", "_"): value for name, value in config.sglang.items()}
         ranks = int(given.get("tp_size", given.get("tensor_parallel_size", 1)))
@@ -130,7 +128,6 @@ class Serving:
         for server in self._servers:
             server.settings = replace(server.settings, draft_path=str(folder), token_map=token_map)
         self.fleet.set_draft_depth(depth)
-        self._learn("target", self.weights().target)
         self._learn("draft", tensors)
 
     def beside(self, config: RunConfig, folder: Path) -> Serving:
@@ -143,14 +140,12 @@ class Serving:
         self.syncer.transport.stop()
 
     def _learn(self, role: Role, tensors: Mapping[str, Tensor]) -> None:
-        self._metas[role] = {n: TensorMeta(shape=tuple(t.shape), dtype=dtype_name(t.dtype)) for n, t in tensors.items()}
+        metas = {n: TensorMeta(shape=tuple(t.shape), dtype=dtype_name(t.dtype)) for n, t in tensors.items()}
         for server in self._servers:
-            server.learn(role, self._metas[role])
+            server.learn(role, metas)
 
     def _recover(self, server: SGLangServer) -> None:
-        """For a server that started again."""
-        for role in server.versions():
-            server.learn(role, self._metas[role])
+        """For a server that started again, or whose last push did not verify."""
         now = self.weights()
         self.syncer.push(
             [server],

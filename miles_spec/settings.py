@@ -265,8 +265,7 @@ def _known(package: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _names(package: str) -> dict[str, str] | None:
     """Every argument name of the package to the field it sets; None where it is not installed."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:  # a folder of that name without an `__init__.py` is not the package
+    if importlib.util.find_spec(package) is None:
         return None
     try:
         return _sglang_names() if package == "sglang" else _megatron_names()

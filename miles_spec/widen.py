@@ -24,9 +24,9 @@ def widen(model: PreTrainedModel, *, intermediate_size: int | None, layers: int 
     """A copy of `model` with `intermediate_size` columns in each MLP and `layers` decoder layers; None keeps a size.
 
     New rows of the gate projection are normal with the standard deviation of the old ones; those of the up projection
-    and new columns of the down projection are 0. A new layer is a copy of an old one with `o_proj` and `down_proj` 0; new ones are spread
-    evenly, never after the last old one, which a draft starts from. Runs on the model's device; the same values each
-    time. Raises `ValueError` for a size below the model's own and for layers that are built otherwise.
+    and new columns of the down projection are 0. A new layer is a copy of an old one with `o_proj` and `down_proj` 0;
+    new ones are spread evenly, never after the last old one, which a draft starts from. Runs on the model's device; the
+    same values each time. Raises `ValueError` for a size below the model's own and for layers that are built otherwise.
     """
     old = list(getattr(model.base_model, "layers", ()))
     _check(model, old)

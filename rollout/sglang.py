@@ -97,6 +97,7 @@ class SGLangServer:
         self._released: set[str] = set()
         self._had_target = False
         self._manifest: dict[Role, dict[str, TensorMeta]] = {}
+        self._told: dict[Role, Mapping[str, TensorMeta]] = {}
         self._versions: dict[Role, int] = {"target": -1}
 
     # The process
@@ -104,7 +105,8 @@ class SGLangServer:
     def start(self) -> None:
         """Starts the server, or looks at the joined one, and returns when it answers.
 
-        It serves nothing then: weights have to be learned and pushed. Raises `ValueError` for settings that cannot
+        It serves nothing then: weights have to be pushed, and learned before if that was not done here yet; a server
+        that starts anew learns by itself what it was told before. Raises `ValueError` for settings that cannot
         work, and `RunError`, with the end of the log, for a server that does not come up or cannot be used.
         """
         assert self._process is None or self._process.status() is not None, "stop the server first"
@@ -136,6 +138,9 @@ class SGLangServer:
             features.ranks,
             features.depth,
         )
+        for role in self._versions:
+            if role in self._told:
+                self.learn(role, self._told[role])
 
     def stop(self) -> None:
         """Ends its processes, children included, if they are ours; may be called again, and while `start` waits."""
@@ -360,6 +365,7 @@ class SGLangServer:
 
         Raises `RunError` with all faults where a tensor has no place, or a served tensor is reached by none.
         """
+        self._told[role] = metas
         self._open(role, -1)
         assert self._session is not None
         tensors = [[name, meta.dtype, list(meta.shape)] for name, meta in metas.items()]

@@ -16,7 +16,7 @@ from miles_spec.types import Request, Sampling
 
 _STEPS = 6
 """Decoding steps that one batch size is timed for at a time; fewer in a context that has no room."""
-_SERVED_STEPS = 96
+_SERVED_STEPS = 48
 """The same for an engine that does not tell prefill from decoding: the difference of two calls needs more of them."""
 _TURNS = 3
 """Times that each batch size is timed."""

@@ -34,8 +34,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     made: list[tuple[object, ...]] = []
 
     def replace(module: str, function: str, result: object) -> None:
-        def record(*arguments: object) -> object:
-            made.append((module, function, *arguments))
+        def record(*arguments: object, **options: object) -> object:
+            made.append((module, function, *arguments, *options.values()))
             return result
 
         fake = ModuleType(f"miles_spec.{module}")
@@ -72,7 +72,14 @@ def test_bench_rollout(where: str, run_file: Path, calls: list[object]) -> None:
     }[where]
     assert main(["bench", "rollout", *arguments]) == 0
     out = None if where == "absent" else Path("b.json")
-    assert calls == [("bench", "rollout", load(run_file, ["--steps", "3"]), out)]
+    assert calls == [("bench", "rollout", load(run_file, ["--steps", "3"]), out, (), 3)]
+
+
+def test_bench_rollout_of_servers(run_file: Path, calls: list[object]) -> None:
+    arguments = ["--engine", "sglang", "--batches", "1,8", "--turns", "2"]
+    assert main(["bench", "rollout", str(run_file), *arguments]) == 0
+    config = load(run_file, ["--rollout.engine", "sglang"])
+    assert calls == [("bench", "rollout", config, None, [1, 8], 2)]
 
 
 @pytest.mark.parametrize(

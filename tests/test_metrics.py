@@ -126,8 +126,8 @@ def line(step: int, **overrides: Any) -> dict[str, Any]:
         verify_steps_cotrained=10.0, accepted_tokens_cotrained=11.0, verify_steps_frozen=20.0,
         accepted_tokens_frozen=10.0, accept_estimate_error=0.1, tokens_per_s=50.0, tokens_per_s_plain=40.0,
         net_speedup=1.25, net_speedup_error=0.02, rollout_kl=0.001, seconds_rollout=2.0, seconds_reward=0.5,
-        seconds_train=3.0, seconds_draft=1.0, seconds_memory=0.5, seconds_sync=0.25, seconds_checkpoint=0.0, receipts_verified=2,
-        receipts_failed=0,
+        seconds_train=3.0, seconds_draft=1.0, seconds_memory=0.5, seconds_sync=0.25, seconds_checkpoint=0.0,
+        receipts_verified=2, receipts_failed=0,
     )  # fmt: skip
     return {**defaults, **overrides}
 

@@ -1,0 +1,420 @@
+"""`miles-spec bench sync`: what a push of weights into a real SGLang server costs.
+
+Beside our own pushes it measures, in the same run, the bandwidth of the way that the weights take, and SGLang's own
+`update_weights_from_tensor` on the same server. Weights are random, in bfloat16, and shaped like a Llama's.
+
+Invariant: only pushes that arrived are timed. Each of ours verified, and behind those by SGLang's own call the server's
+digests are compared with the trainer's, whose weights were others before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # public, but not in torch's `__all__`
+
+from miles_spec.provenance import check, commit, write_result
+from miles_spec.rollout.sglang import SGLangServer
+from miles_spec.rollout.sglang_api import Api, Keys
+from miles_spec.rollout.sglang_args import ServerSettings
+from miles_spec.sync.digest import digests
+from miles_spec.sync.receivers import Group
+from miles_spec.sync.session import Syncer
+from miles_spec.sync.transports import Collective, Disk, Ipc, Transport, buckets
+from miles_spec.sync_models import Drawn, draw, export_for
+from miles_spec.types import Role, RunError, TensorMeta
+
+SIZES = (0.1e9, 1e9, 3e9)
+TRANSPORTS = ("ipc", "nccl", "disk")
+WARM_UPS = 2
+TURNS = 5
+LONG_S, LEAST_TURNS = 5.0, 3
+"""A push that takes longer is timed fewer times."""
+BUCKET_BYTES = 256 << 20
+FLOOR_BYTES = 1 << 30
+"""At most, of what a bandwidth is measured with."""
+DRAFT_SHARE, RECEIPT_SHARE, OVER_PLAIN = 0.10, 0.05, 1.0
+"""The most that a draft adds to the target's push, that receipts take of a push, and that a push takes in units of
+SGLang's."""
+PLAIN_S = 120.0
+"""For one of SGLang's own calls."""
+SERVER: dict[str, Any] = {
+    "max_total_tokens": 4096,
+    "mem_fraction_static": 0.5,
+    "cuda_graph_backend_decode": "disabled",
+    "cuda_graph_backend_prefill": "disabled",
+    "skip_server_warmup": True,
+}
+"""For `[sglang]`: nothing is generated, so a server starts without what only generation needs."""
+OURS = "miles-spec"
+TARGET, BOTH = "target", "target + draft"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One kind of push; None where it was not measured."""
+
+    parameters: int
+    """Of the target."""
+    transport: str
+    by: str
+    """`OURS`, or which of SGLang's own formats."""
+    weights: str
+    """`TARGET` or `BOTH`."""
+    bytes: int
+    """Of the weights."""
+    seconds: float | None = None
+    """Median, from the call to its return: digests and the flush of the cache included."""
+    turns: tuple[float, ...] = ()
+    """Seconds of each."""
+    gb_per_s: float | None = None
+    bandwidth_gb_per_s: float | None = None
+    """What the transport's way alone carries: a copy within the device, a broadcast, or a file written and read."""
+    receipts_s: float | None = None
+    """The digests alone, the trainer's and the server's."""
+    receipts_share: float | None = None
+    """Of `seconds`."""
+    note: str = ""
+
+
+def sync(
+    result: Path | None = None,
+    *,
+    sizes: Sequence[float] = SIZES,
+    transports: Sequence[str] = TRANSPORTS,
+    budget_s: float = 540.0,
+    launch: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> list[Row]:
+    """Measures every transport at every size, one server for each size, prints it, and writes it to `result`, which
+    after each transport holds all that is done. What would not fit into `budget_s` is left out, and named.
+
+    `sizes` are parameters of the target; `launch` starts a server and `settings` are SGLang's own, as in `[sglang]`.
+    `nccl` is gloo without a GPU. Raises `ValueError` for a transport that does not exist, and `RunError` if a push of
+    ours failed, when all the rest is done.
+    """
+    for name in transports:
+        if name not in TRANSPORTS:
+            raise ValueError(f"there is no transport {name!r} to measure; there are {', '.join(TRANSPORTS)}")
+    bench = Bench(
+        result, budget_s, launch or (sys.executable, "-m", "miles_spec.rollout.launch"), {**SERVER, **(settings or {})}
+    )
+    for size in sizes:
+        bench.size(size, transports)
+    failed = [f"{r.parameters:.2g} parameters, {r.transport}: {r.note}" for r in bench.rows if r.by == OURS and r.note]
+    if failed:
+        raise RunError(f"{len(failed)} of our own pushes failed: " + "; ".join(failed))
+    return bench.rows
+
+
+class Bench:
+    """The rows of one call."""
+
+    def __init__(self, result: Path | None, budget_s: float, launch: Sequence[str], settings: dict[str, Any]) -> None:
+        self.rows: list[Row] = []
+        self.left_out: list[str] = []
+        """What was not measured, and why."""
+        self._result, self._commit = result, commit()  # a tracked result that was written once makes the checkout differ
+        self._until = time.monotonic() + budget_s
+        self._launch, self._settings = launch, settings
+        self._sglang = ""
+        self._console = Console()
+        if not self._console.is_terminal:  # a log has no width of its own
+            self._console = Console(width=150)
+
+    def size(self, parameters: float, transports: Sequence[str]) -> None:
+        """All transports at one size."""
+        if time.monotonic() > self._until:
+            self._leave_out(f"{parameters:.2g} parameters: no time was left")
+            return
+        gpus = torch.cuda.device_count()
+        with TemporaryDirectory(prefix="miles-spec-") as name:
+            folder = Path(name)
+            model = export_for(parameters, folder)
+            keys = Keys.random()
+            server = self.server(folder, keys, (0,) if gpus else ())
+            try:
+                # before the server, which takes its share of what is free
+                drawn = draw(model, torch.device("cuda", 0) if gpus else torch.device("cpu"))
+                server.start()
+                assert server.features is not None
+                self._sglang = server.features.version
+                for role, named in drawn.roles():
+                    server.learn(role, {n: TensorMeta(shape=tuple(t.shape), dtype="bfloat16") for n, t in named.items()})
+                # the one that goes to another GPU comes last, so that weights lie on one GPU at a time
+                for transport in sorted(transports, key=lambda name: name == "nccl"):
+                    if transport == "nccl" and gpus == 1:
+                        self._leave_out(f"{parameters:.2g} parameters, nccl: it needs a second GPU")
+                        continue
+                    if transport == "nccl" and gpus:
+                        drawn.to(torch.device("cuda", 1))
+                    self._case(server, keys, drawn, transport, folder)
+            finally:
+                server.stop()
+
+    def server(self, folder: Path, keys: Keys, gpus: Sequence[int]) -> SGLangServer:
+        """The one that is pushed to, not started."""
+        settings = ServerSettings(
+            model_path=str(folder / "target"),
+            draft_path=str(folder / "draft"),
+            dtype="bfloat16",
+            context_length=1024,
+            max_running=4,
+            extra=self._settings,
+        )
+        return SGLangServer(
+            name="server",
+            settings=settings,
+            keys=keys,
+            draft_depth=1,
+            launch=self._launch,
+            gpus=gpus,
+            folder=folder / "logs",
+            start_timeout_s=max(60.0, self._until - time.monotonic()),
+        )
+
+    def _case(self, server: SGLangServer, keys: Keys, drawn: Drawn, name: str, folder: Path) -> None:
+        transport = _transport(name, drawn.device, folder)
+        kind = "gloo" if name == "nccl" and drawn.device.type == "cpu" else name
+        where = f"{drawn.parameters:.2g} parameters, {kind}"
+        try:
+            carried = _bandwidth(kind, drawn, folder / "bandwidth")
+            rows = _ours(server, drawn, kind, transport, carried, self._until)
+        except (RunError, ValueError, OSError) as error:  # a transport that does not work here is a result too
+            why = str(error).split("\n")[0]
+            rows = [_row(drawn, kind, OURS, TARGET, (), note=f"failed: {why}")]
+        finally:
+            transport.stop()
+        if kind == "ipc":
+            rows += self._plain(server, keys, drawn, where)
+        if not rows:
+            self._leave_out(f"{where}: no time was left")
+        self.rows += rows
+        if rows:
+            self._console.print(table(rows))
+        self._write()
+
+    def _plain(self, server: SGLangServer, keys: Keys, drawn: Drawn, where: str) -> list[Row]:
+        if importlib.util.find_spec("sglang") is None:
+            self._leave_out(f"{where}, SGLang's own call: this Python has no sglang to write it with")
+            return []
+        rows = []
+        for form in PLAIN:
+            try:
+                drawn.negate()  # so that these pushes, too, have something to change
+                turns = _times([lambda form=form: plain_push(server, keys, drawn.target, form)], self._until)[0]  # type: ignore[misc]
+                if turns:
+                    _same(server, drawn.target)
+                    rows.append(_row(drawn, "ipc", f"SGLang, {form}", TARGET, turns))
+                else:
+                    self._leave_out(f"{where}, SGLang's own call, {form}: no time was left")
+            except Exception as error:  # of whichever kind, it takes no result of ours away
+                why = str(error).split("\n")[0]
+                rows.append(_row(drawn, "ipc", f"SGLang, {form}", TARGET, (), note=f"failed: {why}"))
+        return rows
+
+    def _leave_out(self, what: str) -> None:
+        self.left_out.append(what)
+        self._console.print(f"left out: {what}")
+        self._write()
+
+    def _write(self) -> None:
+        if self._result is not None:
+            write_result(
+                self._result,
+                "sync",
+                [asdict(row) for row in self.rows],
+                checks(self.rows),
+                commit=self._commit,
+                sglang=self._sglang,
+                settings=self._settings,
+                bucket_bytes=BUCKET_BYTES,
+                left_out=self.left_out,
+            )
+
+
+# Pushes
+
+
+def _ours(
+    server: SGLangServer, drawn: Drawn, kind: str, transport: Transport, carried: float, until: float
+) -> list[Row]:
+    """The target alone, and with its draft, in turns; none if there is no time for them."""
+    syncer = Syncer(transport, bucket_bytes=BUCKET_BYTES)
+
+    def push(**draft: Any) -> None:
+        receipts = syncer.push([server], version=0, target=drawn.target, **draft)
+        bad = [f"{r.role}: {'; '.join(r.mismatched[:3])}" for r in receipts if not r.verified]
+        if bad or len(receipts) != 1 + bool(draft):
+            raise RunError(", ".join(bad) or "there is no receipt of the draft")
+
+    turns = _times([push, lambda: push(draft_version=0, draft=drawn.draft)], until)
+    if not turns[0]:
+        return []
+    target_s = _receipts(server, "target", drawn.target)
+    both_s = target_s + _receipts(server, "draft", drawn.draft)
+    return [
+        _row(drawn, kind, OURS, weights, taken, carried=carried, receipts_s=receipts_s)
+        for weights, taken, receipts_s in zip((TARGET, BOTH), turns, (target_s, both_s), strict=True)
+    ]
+
+
+def _receipts(server: SGLangServer, role: Role, named: Mapping[str, Tensor]) -> float:
+    """Seconds of all digests of a role, of both sides, one side after the other as in a push."""
+    server.begin_update(0, (role,))
+    try:
+        sides = _times([lambda: digests(named.items()), lambda: server.deliver({"do": "digest"})], math.inf)
+    finally:
+        server.end_update()
+    return sum(map(statistics.median, sides))
+
+
+def _times(calls: Sequence[Callable[[], object]], until: float) -> list[tuple[float, ...]]:
+    """Seconds of each call's turns, in turns; empty ones if they would last beyond `until`."""
+    taken: list[list[float]] = [[] for _ in calls]
+    turns = WARM_UPS + TURNS
+    done = 0
+    while done < turns:
+        for call, own in zip(calls, taken, strict=True):
+            _wait()
+            start = time.perf_counter()
+            call()
+            _wait()
+            own.append(time.perf_counter() - start)
+        done += 1
+        once = sum(own[-1] for own in taken)
+        if once > LONG_S * len(calls):
+            turns = WARM_UPS + LEAST_TURNS
+        if time.monotonic() + (WARM_UPS + LEAST_TURNS - done) * once > until:
+            return [() for _ in calls]
+        if done >= WARM_UPS + LEAST_TURNS and time.monotonic() + once > until:
+            break
+    return [tuple(own[WARM_UPS:]) for own in taken]
+
+
+def _wait() -> None:
+    for i in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(i)
+
+
+# SGLang's own call
+
+PLAIN = ("flattened_bucket", "tensors")
+"""One flat tensor for a bucket, with a table; or each tensor by itself."""
+
+
+def plain_push(server: SGLangServer, keys: Keys, named: Mapping[str, Tensor], form: str) -> None:
+    """The target in buckets of the same size as ours, by the calls that SGLang and its users make. Like ours it ends
+    with a flush of the cache; there are no receipts. Raises `RunError` where the server refuses."""
+    from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+    assert server.features is not None
+    api, selector = Api(server.url, keys), server.features.selector
+    if selector:
+        api.ask("/begin_weight_update", {"selector": "target"}, admin=True, timeout_s=PLAIN_S)
+    for bucket in buckets(named.items(), BUCKET_BYTES):
+        content: Any = bucket
+        if form == "flattened_bucket":
+            flat = FlattenedTensorBucket(named_tensors=bucket)
+            content = {"flattened_tensor": flat.get_flattened_tensor(), "metadata": flat.get_metadata()}
+        body = {
+            "serialized_named_tensors": [MultiprocessingSerializer.serialize(content, output_str=True)] * server.ranks,
+            "load_format": form if form == "flattened_bucket" else None,
+            "flush_cache": False,
+            **({"selector": "target"} if selector else {"disable_draft_model": True}),
+        }
+        api.ask("/update_weights_from_tensor", body, admin=True, timeout_s=PLAIN_S)
+    if selector:
+        api.ask("/end_weight_update", {}, admin=True, timeout_s=PLAIN_S)
+    server.flush()
+
+
+def _same(server: SGLangServer, named: Mapping[str, Tensor]) -> None:
+    """Raises `RunError` unless the server says that it serves `named` as its target."""
+    server.begin_update(0, ("target",))
+    served = server.end_update()["target"]
+    sent = digests(named.items())
+    if wrong := [name for name in sent if served.get(name) != sent[name]]:
+        raise RunError(f"{len(wrong)} of {len(sent)} tensors did not arrive, {wrong[0]!r} among them")
+
+
+# What the weights travel by
+
+
+def _transport(name: str, device: torch.device, folder: Path) -> Transport:
+    if name == "ipc":
+        return Ipc(device)
+    if name == "disk":
+        return Disk(folder / "push")
+    return Collective("nccl" if device.type == "cuda" else "gloo", device)
+
+
+def _bandwidth(kind: str, drawn: Drawn, path: Path) -> float:
+    """GB/s of as many bytes as the target has, at most `FLOOR_BYTES`; a byte that is read and written counts once."""
+    size = min(drawn.bytes(TARGET), FLOOR_BYTES)
+    source = torch.ones(size, dtype=torch.uint8, device="cpu" if kind == "disk" else drawn.device)
+    if kind in ("nccl", "gloo"):
+        seconds = _broadcast_s(kind, source, path)
+    elif kind == "disk":
+        seconds = statistics.median(_times([lambda: _write_and_read(source, path)], math.inf)[0])
+        path.unlink()
+    else:
+        copy = torch.empty_like(source)
+        seconds = statistics.median(_times([lambda: copy.copy_(source)], math.inf)[0])
+    return size / 1e9 / seconds
+
+
+def _write_and_read(source: Tensor, path: Path) -> None:
+    with open(path, "wb") as file:
+        file.write(memoryview(source.numpy()))
+        file.flush()
+        os.fsync(file.fileno())
+    with open(path, "rb") as file:
+        file.readinto(memoryview(bytearray(source.numel())))
+
+
+def _broadcast_s(kind: str, source: Tensor, path: Path) -> float:
+    """Median seconds of a broadcast to a process that has the server's place."""
+    other = str(torch.device("cuda", 0)) if kind == "nccl" else "cpu"
+    listener = mp.get_context("spawn").Process(
+        target=_listen, args=(kind, str(path), source.numel(), other), daemon=True
+    )
+    listener.start()
+    try:
+        group = Group(
+            kind, FileStore(str(path), 2), name="bandwidth", rank=0, world=2, device=source.device, timeout_s=60.0
+        )
+        try:
+            return statistics.median(_times([lambda: group.broadcast(source)], math.inf)[0])
+        finally:
+            listener.join(10.0)  # it leaves after as many turns
+            group.abort()
+    finally:
+        listener.kill()
+        path.unlink(missing_ok=True)
+
+
+def _listen(kind: str, path: str, size_bytes: int, device: str) -> None:
+    """Runs in a process of its own: takes what `_times` has broadcast."""
+    at = torch.device(device)
+    group = Group(kind, FileStore(path, 2), name="bandwidth", rank=1, world=2, device=at, timeout_s=60.0)
+    buffer = torch.empty(size_bytes, dtype=torch.uint8, device=at)
+    for _ in range(WARM_UPS + TURNS):
+        group.broadcast(buffer)
+    group.abort()
