@@ -51,8 +51,6 @@ BASE: dict[str, Any] = {
     "attention_backend": "triton",
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
-    # not measured, and slow to capture
-    "cuda_graph_backend_prefill": "disabled",
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -60,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "flashinfer-sampling": {"sampling_backend": "flashinfer"},
     "flashinfer": {"attention_backend": "flashinfer", "sampling_backend": "flashinfer"},
     # one switch for the target's steps, the draft's and verification: SGLang has no finer one
-    "no-graphs": {"cuda_graph_backend_decode": "disabled"},
+    "no-graphs": {"disable_cuda_graph": True},
     "no-overlap": {"disable_overlap_schedule": True},
     "verify-as-decode": {"speculative_attention_mode": "decode"},
 }

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from miles_spec.draft.modules import DraftHead
-from miles_spec.draft.spec import EAGLE
+from miles_spec.draft.spec import EAGLE, DraftSpec
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLMEagle",
@@ -85,15 +85,20 @@ def export_target(model: PreTrainedModel, tokenizer: Any, folder: Path, *, dtype
         tokenizer.save_pretrained(partial)
 
 
-def _draft_config(head: DraftHead, dtype: torch.dtype) -> PretrainedConfig:
-    kind = head.config.model_type
-    if head.spec != EAGLE:
-        raise ValueError(f"SGLang has no class that serves a draft of family {head.spec.family!r} as it is built here")
-    if kind not in ARCHITECTURES:
+def check_served(model_type: str, spec: DraftSpec) -> None:
+    """Raises `ValueError` where SGLang has no class for a draft of that family for a target of that type."""
+    if spec != EAGLE:
+        raise ValueError(f"SGLang has no class that serves a draft of family {spec.family!r} as it is built here")
+    if model_type not in ARCHITECTURES:
         raise ValueError(
-            f"SGLang has no class for an {head.spec.family} draft of a {kind} model, only of "
+            f"SGLang has no class for an {spec.family} draft of a {model_type} model, only of "
             f"{', '.join(sorted(ARCHITECTURES))}; set draft.enabled = false, or use the embedded engine"
         )
+
+
+def _draft_config(head: DraftHead, dtype: torch.dtype) -> PretrainedConfig:
+    kind = head.config.model_type
+    check_served(kind, head.spec)
     # SGLang hands the draft the target's embedding and its head as two tensors; a tied draft has one place for both,
     # so it fails at start, or embeds with the rows of a reduced head
     return _served_config(head.config, [ARCHITECTURES[kind]], dtype, tie_word_embeddings=False)

@@ -58,7 +58,8 @@ class Run:
     """The servers behind `engine`; None for the embedded engine."""
     syncer: Syncer
     cost: CostModel | None
-    """Of the engine without speculation; None in a run without a draft, which has none to compare with."""
+    """Of the engine without speculation; None in a run without a draft, which has none to compare with, and of joined
+    servers."""
     step: int
     """Steps done before, by the run that is resumed."""
     time_s: float
@@ -284,9 +285,13 @@ def _check_context(max_context: int, model: Any) -> None:
 
 def _plain_rollouts(
     engine: Engine, prompts: Sequence[Prompt], config: RunConfig, live: LiveTable
-) -> tuple[list[Sample], CostModel]:
-    """One response to each prompt, and the cost model of the engine, its error measured on them."""
-    cost = calibrate(engine, max((p.tokens for p in prompts), key=len), served=config.rollout.engine == "sglang")
+) -> tuple[list[Sample], CostModel | None]:
+    """One response to each prompt, and the cost model of the engine, its error measured on them; None for servers that
+    cannot be asked to go without their draft."""
+    cost = None
+    if not config.rollout.urls:  # joined servers draft already: what they cost without is not known
+        served = config.rollout.engine == "sglang"
+        cost = calibrate(engine, max((p.tokens for p in prompts), key=len), served=served)
     requests = [
         Request(id=str(i), tokens=p.tokens, sampling=sampling(config), seed=seed_of(config.seed, "plain", i))
         for i, p in enumerate(prompts)
@@ -297,7 +302,8 @@ def _plain_rollouts(
     out = engine.generate(requests, lambda _: live.phase("rollouts without speculation", next(done), len(requests)))
     times = engine.take_times()
     rows = min(engine.max_running * len(engine.members()), len(out))
-    cost = cost.checked(times.verify_s + times.other_s, [len(c.tokens) for c in out], rows)
+    if cost is not None:
+        cost = cost.checked(times.verify_s + times.other_s, [len(c.tokens) for c in out], rows)
     return [Sample(prompt=p, index=0, completion=c, reward=0.0) for p, c in zip(prompts, out, strict=True)], cost
 
 

@@ -59,6 +59,8 @@ def rollout(
     if not checkpoint.steps(out):
         raise ValueError(f"{out} has no checkpoint to take policy and drafts from; run `miles-spec train` first")
     served = config.rollout.engine == "sglang"
+    if config.rollout.urls:
+        raise ValueError("bench rollout starts servers of its own, with and without a draft; take rollout.urls out")
     batches = batches or (SERVED_BATCHES if served else BATCHES)
     if served:
         config = _with_two_servers(config, max(batches))

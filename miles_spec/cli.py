@@ -7,7 +7,9 @@ Invariant: this module loads no torch; a command loads what it needs when it run
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,6 +62,26 @@ def _report(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
     print(write(arguments.directory))
 
 
+def _rollout_serve(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    from miles_spec.settings import load
+
+    config = load(arguments.run, settings)
+    from miles_spec.serve import serve
+
+    serve(config)
+
+
+def _doctor(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    if settings and arguments.run is None:
+        raise ValueError(f"{settings[0]} is a setting of a run file; name the run file before it")
+    from miles_spec.settings import load
+
+    config = None if arguments.run is None else load(arguments.run, settings)
+    from miles_spec.doctor import doctor
+
+    doctor(config, server=not arguments.no_server)
+
+
 def _bench_rollout(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
     from miles_spec.settings import load
 
@@ -75,6 +97,19 @@ def _bench_kernels(arguments: argparse.Namespace, settings: Sequence[str]) -> No
     from miles_spec.kernel_bench.run import kernels
 
     kernels(arguments.json, arguments.only)
+
+
+def _bench_sync(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    from miles_spec.sync_bench import sync
+
+    sync(
+        arguments.json,
+        sizes=arguments.sizes,
+        transports=arguments.transports,
+        budget_s=arguments.budget_s,
+        launch=arguments.launch,
+        settings=dict(arguments.set),
+    )
 
 
 def _quickstart(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
@@ -93,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands, "train", _train, "Trains as the run file says and prints the directory of the run.")
     _add_run(commands, "config", _config, "Prints, as a run file, every setting that a run would use.")
+    serving = commands.add_parser("rollout", help="Runs the rollout side alone.", allow_abbrev=False)
+    _add_run(
+        serving.add_subparsers(title="commands", metavar="COMMAND", required=True),
+        "serve",
+        _rollout_serve,
+        "Serves a run's policy and draft from SGLang servers, from its newest checkpoint if it has one, until Ctrl-C.",
+    )
     bench = commands.add_parser("bench", help="Measures one part.", allow_abbrev=False)
     measured = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
     rollout = _add_run(
@@ -124,10 +166,63 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KERNELS",
         help="of draft_loss, shift, logprob and attention, with commas between them; all if left out",
     )
+    sync = _add(
+        measured,
+        "sync",
+        _bench_sync,
+        "Times pushes of random weights into an SGLang server, of the target and of target and draft, against the "
+        "bandwidth of the way they take and against SGLang's own call, in minutes. One server for each size.",
+    )
+    sync.add_argument("--json", type=Path, metavar="PATH", help="write the result there too")
+    sync.add_argument(
+        "--sizes",
+        type=lambda sizes: [float(size) for size in sizes.split(",")],
+        default=(0.1e9, 1e9, 3e9),
+        metavar="SIZES",
+        help="parameters of the targets, about, with commas between them; 0.1e9,1e9,3e9 if left out",
+    )
+    sync.add_argument(
+        "--transports",
+        type=lambda names: names.split(","),
+        default=("ipc", "nccl", "disk"),
+        metavar="NAMES",
+        help="of ipc, nccl (gloo without a GPU) and disk, with commas between them; all if left out",
+    )
+    sync.add_argument("--budget-s", type=float, default=540.0, metavar="N", help="what would last longer is left out")
+    sync.add_argument(
+        "--launch", type=shlex.split, default=(), metavar="COMMAND", help="starts a server, as fleet.launch does"
+    )
+    sync.add_argument(
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for SGLang, as in [sglang]; may be given again",
+    )
     report = _add(commands, "report", _report, "Writes a run's report, one static HTML page, and prints its path.")
     report.add_argument("directory", type=Path, metavar="RUN_DIR")
+    doctor = _add(
+        commands,
+        "doctor",
+        _doctor,
+        "Checks an installation, a line per finding. With a run file: its launch command and `[sglang]` too.",
+    )
+    doctor.add_argument("run", type=Path, nargs="?", metavar="RUN.toml")
+    doctor.add_argument("--no-server", action="store_true", help="leave out what needs a small server to be started")
     _add(commands, "quickstart", _quickstart, "Trains, measures and reports a small model in a few minutes.")
     return parser
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """`KEY=VALUE`, whose value is JSON or, where it is none, text."""
+    key, given, value = text.partition("=")
+    if not key or not given:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 _Command = Callable[[argparse.Namespace, Sequence[str]], None]

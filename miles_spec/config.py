@@ -426,6 +426,11 @@ def _validate_servers(config: RunConfig, need: _Need) -> None:
     need(all(g >= 0 for g in fleet.gpus), "fleet.gpus", "give indices from 0 on")
     need(len(set(fleet.gpus)) == len(fleet.gpus), "fleet.gpus", "name each GPU once")
     need(
+        not served or not config.draft.enabled or rollout.rule != "rejection" or config.draft.vocab_size == 0,
+        "draft.vocab_size",
+        'SGLang has no rejection sampling over a reduced vocabulary; set 0, or rollout.verify = "target"',
+    )
+    need(
         not served or not config.draft.enabled or config.draft.max_batch == 0,
         "draft.max_batch",
         'a running SGLang server cannot switch speculation off by batch size; set 0, or rollout.engine = "embedded"',

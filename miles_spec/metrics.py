@@ -21,14 +21,16 @@ def rollout_metrics(
     calls: Sequence[Sequence[int]],
     cost: CostModel | None,
     rows: int,
+    *,
+    drafting: bool = True,
 ) -> dict[str, Any]:
     """Of sampling: `samples` are those kept, `calls` the response lengths of each call of the engine in its order,
-    `wall_s` the seconds of all calls, `cost` the engine's without speculation (None in a run without a draft), `rows`
-    the sequences it decodes together."""
+    `wall_s` the seconds of all calls, `cost` the engine's without speculation (None where it is not known), `rows`
+    the sequences it decodes together, `drafting` whether the run has a draft."""
     rewards = [s.reward for s in samples]
     lengths = [len(s.completion.tokens) for s in samples]
     generated = sum(map(sum, calls))
-    metrics = {
+    metrics: dict[str, Any] = {
         "samples": len(samples),
         "reward_mean": statistics.fmean(rewards),
         "reward_std": statistics.pstdev(rewards),
@@ -43,15 +45,19 @@ def rollout_metrics(
         "engine_restarts": times.restarts,
         "requests_requeued": times.requeued,
     }
-    if cost is None:
+    if not drafting:
         return metrics
     counts = sum((s.completion.spec for s in samples), SpecCounts())
-    plain_s = times.prefill_s + sum(cost.decode_seconds(lengths, rows) for lengths in calls)
-    return metrics | {
+    metrics |= {
         "verify_steps": counts.verify_steps,
         "accepted_tokens": sum(counts.accepted),
         "accept_length": counts.accept_length,
         "accept_rate_by_position": list(counts.accept_rates),
+    }
+    if cost is None:
+        return metrics
+    plain_s = times.prefill_s + sum(cost.decode_seconds(lengths, rows) for lengths in calls)
+    return metrics | {
         "tokens_per_s_plain": generated / plain_s,
         "net_speedup": plain_s / wall_s,
         "net_speedup_error": cost.error,

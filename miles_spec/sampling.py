@@ -7,7 +7,7 @@ resumed step samples the same responses.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from miles_spec.assemble import Run, sampling, seed_of
@@ -44,7 +44,7 @@ def sample(run: Run, step: int, live: LiveTable) -> Groups:
     calls: list[list[int]] = []
     generating = scoring = 0.0
     dropped = 0
-    run.engine.take_times()
+    before = run.engine.take_times()  # servers that died while the trainer worked count here
     for turn in range(1, rounds + 1):
         prompts = run.source.take(rollout.prompts_per_step - len(kept))
         start = time.perf_counter()
@@ -64,7 +64,9 @@ def sample(run: Run, step: int, live: LiveTable) -> Groups:
             break
     times, served = run.engine.take_times(), run.engine.versions()
     rows = rollout.max_running * max(1, len(run.engine.members()))
-    metrics = rollout_metrics([s for g in kept for s in g], times, generating, calls, run.cost, rows)
+    times = replace(times, restarts=times.restarts + before.restarts)
+    drafting = run.trainer.draft is not None
+    metrics = rollout_metrics([s for g in kept for s in g], times, generating, calls, run.cost, rows, drafting=drafting)
     metrics |= {"groups_dropped": dropped, "seconds_reward": scoring}
     if "draft" in served:
         metrics["draft_age"] = run.trainer.draft_version - served["draft"]

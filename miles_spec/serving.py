@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from miles_spec.config import RunConfig
-from miles_spec.draft.export import TOKEN_MAP, export, export_target
+from miles_spec.draft.export import TOKEN_MAP, check_served, export, export_target
 from miles_spec.draft.modules import DraftHead
+from miles_spec.draft.spec import FAMILIES
 from miles_spec.models import Loaded
 from miles_spec.rollout.fleet import Fleet
 from miles_spec.rollout.sglang import SGLangServer
@@ -46,13 +47,22 @@ class Serving:
     """The fleet, what pushes to it, and what both have to know of the policy and the draft."""
 
     def __init__(
-        self, config: RunConfig, loaded: Loaded, folder: Path, max_context: int, weights: Callable[[], Weights]
+        self,
+        config: RunConfig,
+        loaded: Loaded,
+        folder: Path,
+        max_context: int,
+        weights: Callable[[], Weights],
+        keys: Keys | None = None,
     ) -> None:
         """Writes what servers start from into `folder`; starts nothing yet.
 
-        `weights` gives what the servers are to serve now; it is called at every push. Raises `ValueError` for GPUs that
-        are not there or have no room.
+        `weights` gives what the servers are to serve now; it is called at every push. Servers that are started take
+        `keys`, by default new ones. Raises `ValueError` for GPUs that are not there or have no room, and for a model
+        that SGLang has no draft for.
         """
+        if config.draft.enabled:
+            check_served(loaded.model.config.model_type, FAMILIES[config.draft.family])
         self.weights = weights
         self._loaded = loaded
         self._max_context = max_context
@@ -64,6 +74,11 @@ class Serving:
         placed = [] if rollout.urls else _placed(fleet.gpus, fleet.engines, ranks, loaded.device)
         here = loaded.device.index or 0
         beside = loaded.device.type == "cpu" or any(here in gpus for gpus in placed)
+        if beside and not all(here in gpus for gpus in placed if gpus):
+            raise ValueError(
+                f"fleet.gpus puts some servers on the trainer's GPU {here} and some on others; give them all that one, "
+                "or none of them"
+            )
         self.releases = fleet.release and beside and loaded.device.type == "cuda"
         export_target(loaded.model, loaded.tokenizer, folder / "target", dtype=loaded.dtype)
         settings = ServerSettings(
@@ -76,16 +91,18 @@ class Serving:
             release=self.releases,
             extra=config.sglang,
         )
+        keys = keys or Keys.random()
         self._servers = [
             SGLangServer(
                 name=f"server{i}",
                 settings=_with_room(settings, gpus, loaded, fleet.margin_gb) if here in gpus else settings,
-                keys=Keys.random(),
+                keys=keys,
                 host=fleet.host,
                 launch=fleet.launch or (sys.executable, "-m", "miles_spec.rollout.launch"),
                 gpus=gpus,
                 folder=folder,
                 eos=loaded.eos_ids,
+                vocab_size=loaded.model.config.vocab_size,
                 start_timeout_s=fleet.start_timeout_s,
             )
             for i, gpus in enumerate(placed)
@@ -96,6 +113,7 @@ class Serving:
                 keys=Keys.of_environment(),
                 join=url,
                 eos=loaded.eos_ids,
+                vocab_size=loaded.model.config.vocab_size,
                 start_timeout_s=fleet.start_timeout_s,
             )
             for url in rollout.urls
@@ -158,7 +176,9 @@ class Serving:
 
 def _placed(gpus: tuple[int, ...], engines: int, ranks: int, device: torch.device) -> list[tuple[int, ...]]:
     """The GPUs of each server to start; empty ones on a CPU."""
-    if device.type == "cpu" and not gpus:
+    if device.type == "cpu":
+        if gpus:
+            raise ValueError('fleet.gpus names GPUs, and the trainer is on a CPU; set model.device to "cuda"')
         return [()] * engines
     there = torch.cuda.device_count()
     gpus = gpus or tuple(range(min(there, engines * ranks)))

@@ -9,9 +9,7 @@ digests are compared with the trainer's, whose weights were others before.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 import statistics
 import sys
 import time
@@ -26,28 +24,21 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.distributed import FileStore  # type: ignore[attr-defined]  # public, but not in torch's `__all__`
 
-from miles_spec.provenance import check, commit, write_result
+from miles_spec.bandwidth import bandwidth, times
+from miles_spec.provenance import check, commit, versions, write_result
+from miles_spec.random_models import Drawn, draw, export_for
 from miles_spec.rollout.sglang import SGLangServer
 from miles_spec.rollout.sglang_api import Api, Keys
 from miles_spec.rollout.sglang_args import ServerSettings
 from miles_spec.sync.digest import digests
-from miles_spec.sync.receivers import Group
 from miles_spec.sync.session import Syncer
 from miles_spec.sync.transports import Collective, Disk, Ipc, Transport, buckets
-from miles_spec.sync_models import Drawn, draw, export_for
 from miles_spec.types import Role, RunError, TensorMeta
 
 SIZES = (0.1e9, 1e9, 3e9)
 TRANSPORTS = ("ipc", "nccl", "disk")
-WARM_UPS = 2
-TURNS = 5
-LONG_S, LEAST_TURNS = 5.0, 3
-"""A push that takes longer is timed fewer times."""
 BUCKET_BYTES = 256 << 20
-FLOOR_BYTES = 1 << 30
-"""At most, of what a bandwidth is measured with."""
 DRAFT_SHARE, RECEIPT_SHARE, OVER_PLAIN = 0.10, 0.05, 1.0
 """The most that a draft adds to the target's push, that receipts take of a push, and that a push takes in units of
 SGLang's."""
@@ -129,33 +120,42 @@ class Bench:
         self.rows: list[Row] = []
         self.left_out: list[str] = []
         """What was not measured, and why."""
-        self._result, self._commit = result, commit()  # a tracked result that was written once makes the checkout differ
+        self._result, self._commit = (
+            result,
+            commit(),
+        )  # a tracked result that was written once makes the checkout differ
         self._until = time.monotonic() + budget_s
         self._launch, self._settings = launch, settings
         self._sglang = ""
+        self._start_s = 60.0
+        """What a server takes to start."""
         self._console = Console()
         if not self._console.is_terminal:  # a log has no width of its own
             self._console = Console(width=150)
 
     def size(self, parameters: float, transports: Sequence[str]) -> None:
         """All transports at one size."""
-        if time.monotonic() > self._until:
+        if time.monotonic() + self._start_s > self._until:
             self._leave_out(f"{parameters:.2g} parameters: no time was left")
             return
         gpus = torch.cuda.device_count()
+        torch.cuda.empty_cache()  # of the size before; the server takes a share of what is free
         with TemporaryDirectory(prefix="miles-spec-") as name:
             folder = Path(name)
             model = export_for(parameters, folder)
             keys = Keys.random()
             server = self.server(folder, keys, (0,) if gpus else ())
             try:
-                # before the server, which takes its share of what is free
+                start = time.monotonic()
                 drawn = draw(model, torch.device("cuda", 0) if gpus else torch.device("cpu"))
                 server.start()
                 assert server.features is not None
                 self._sglang = server.features.version
+                self._start_s = time.monotonic() - start
                 for role, named in drawn.roles():
-                    server.learn(role, {n: TensorMeta(shape=tuple(t.shape), dtype="bfloat16") for n, t in named.items()})
+                    server.learn(
+                        role, {n: TensorMeta(shape=tuple(t.shape), dtype="bfloat16") for n, t in named.items()}
+                    )
                 # the one that goes to another GPU comes last, so that weights lie on one GPU at a time
                 for transport in sorted(transports, key=lambda name: name == "nccl"):
                     if transport == "nccl" and gpus == 1:
@@ -164,6 +164,11 @@ class Bench:
                     if transport == "nccl" and gpus:
                         drawn.to(torch.device("cuda", 1))
                     self._case(server, keys, drawn, transport, folder)
+            except RunError as error:  # a server that does not start takes no other size's result away
+                lines = str(error).splitlines()  # the first, and the last of the log
+                note = "failed: " + " ".join(dict.fromkeys((lines[0], lines[-1])))
+                row = Row(parameters=int(parameters), transport="all", by=OURS, weights=TARGET, bytes=0, note=note)
+                self._take([row])
             finally:
                 server.stop()
 
@@ -193,9 +198,9 @@ class Bench:
         kind = "gloo" if name == "nccl" and drawn.device.type == "cpu" else name
         where = f"{drawn.parameters:.2g} parameters, {kind}"
         try:
-            carried = _bandwidth(kind, drawn, folder / "bandwidth")
+            carried = bandwidth(kind, _bytes(drawn.target), drawn.device, folder / "bandwidth")
             rows = _ours(server, drawn, kind, transport, carried, self._until)
-        except (RunError, ValueError, OSError) as error:  # a transport that does not work here is a result too
+        except (RuntimeError, ValueError, OSError) as error:  # a transport that does not work here is a result too
             why = str(error).split("\n")[0]
             rows = [_row(drawn, kind, OURS, TARGET, (), note=f"failed: {why}")]
         finally:
@@ -204,20 +209,17 @@ class Bench:
             rows += self._plain(server, keys, drawn, where)
         if not rows:
             self._leave_out(f"{where}: no time was left")
-        self.rows += rows
-        if rows:
-            self._console.print(table(rows))
-        self._write()
+        self._take(rows)
 
     def _plain(self, server: SGLangServer, keys: Keys, drawn: Drawn, where: str) -> list[Row]:
-        if importlib.util.find_spec("sglang") is None:
+        if "sglang" not in versions():
             self._leave_out(f"{where}, SGLang's own call: this Python has no sglang to write it with")
             return []
         rows = []
         for form in PLAIN:
             try:
-                drawn.negate()  # so that these pushes, too, have something to change
-                turns = _times([lambda form=form: plain_push(server, keys, drawn.target, form)], self._until)[0]  # type: ignore[misc]
+                drawn.change()  # so that these pushes, too, have something to change
+                turns = times([lambda form=form: plain_push(server, keys, drawn.target, form)], self._until)[0]  # type: ignore[misc]
                 if turns:
                     _same(server, drawn.target)
                     rows.append(_row(drawn, "ipc", f"SGLang, {form}", TARGET, turns))
@@ -227,6 +229,12 @@ class Bench:
                 why = str(error).split("\n")[0]
                 rows.append(_row(drawn, "ipc", f"SGLang, {form}", TARGET, (), note=f"failed: {why}"))
         return rows
+
+    def _take(self, rows: Sequence[Row]) -> None:
+        self.rows += rows
+        if rows:
+            self._console.print(table(rows))
+        self._write()
 
     def _leave_out(self, what: str) -> None:
         self.left_out.append(what)
@@ -263,7 +271,7 @@ def _ours(
         if bad or len(receipts) != 1 + bool(draft):
             raise RunError(", ".join(bad) or "there is no receipt of the draft")
 
-    turns = _times([push, lambda: push(draft_version=0, draft=drawn.draft)], until)
+    turns = times([push, lambda: push(draft_version=0, draft=drawn.draft)], until)
     if not turns[0]:
         return []
     target_s = _receipts(server, "target", drawn.target)
@@ -278,38 +286,10 @@ def _receipts(server: SGLangServer, role: Role, named: Mapping[str, Tensor]) -> 
     """Seconds of all digests of a role, of both sides, one side after the other as in a push."""
     server.begin_update(0, (role,))
     try:
-        sides = _times([lambda: digests(named.items()), lambda: server.deliver({"do": "digest"})], math.inf)
+        sides = times([lambda: digests(named.items()), lambda: server.deliver({"do": "digest"})], math.inf)
     finally:
         server.end_update()
     return sum(map(statistics.median, sides))
-
-
-def _times(calls: Sequence[Callable[[], object]], until: float) -> list[tuple[float, ...]]:
-    """Seconds of each call's turns, in turns; empty ones if they would last beyond `until`."""
-    taken: list[list[float]] = [[] for _ in calls]
-    turns = WARM_UPS + TURNS
-    done = 0
-    while done < turns:
-        for call, own in zip(calls, taken, strict=True):
-            _wait()
-            start = time.perf_counter()
-            call()
-            _wait()
-            own.append(time.perf_counter() - start)
-        done += 1
-        once = sum(own[-1] for own in taken)
-        if once > LONG_S * len(calls):
-            turns = WARM_UPS + LEAST_TURNS
-        if time.monotonic() + (WARM_UPS + LEAST_TURNS - done) * once > until:
-            return [() for _ in calls]
-        if done >= WARM_UPS + LEAST_TURNS and time.monotonic() + once > until:
-            break
-    return [tuple(own[WARM_UPS:]) for own in taken]
-
-
-def _wait() -> None:
-    for i in range(torch.cuda.device_count()):
-        torch.cuda.synchronize(i)
 
 
 # SGLang's own call
@@ -326,6 +306,8 @@ def plain_push(server: SGLangServer, keys: Keys, named: Mapping[str, Tensor], fo
 
     assert server.features is not None
     api, selector = Api(server.url, keys), server.features.selector
+    if not next(iter(named.values())).is_cuda:
+        mp.set_sharing_strategy("file_system")  # file descriptors go to child processes alone
     if selector:
         api.ask("/begin_weight_update", {"selector": "target"}, admin=True, timeout_s=PLAIN_S)
     for bucket in buckets(named.items(), BUCKET_BYTES):
@@ -365,56 +347,86 @@ def _transport(name: str, device: torch.device, folder: Path) -> Transport:
     return Collective("nccl" if device.type == "cuda" else "gloo", device)
 
 
-def _bandwidth(kind: str, drawn: Drawn, path: Path) -> float:
-    """GB/s of as many bytes as the target has, at most `FLOOR_BYTES`; a byte that is read and written counts once."""
-    size = min(drawn.bytes(TARGET), FLOOR_BYTES)
-    source = torch.ones(size, dtype=torch.uint8, device="cpu" if kind == "disk" else drawn.device)
-    if kind in ("nccl", "gloo"):
-        seconds = _broadcast_s(kind, source, path)
-    elif kind == "disk":
-        seconds = statistics.median(_times([lambda: _write_and_read(source, path)], math.inf)[0])
-        path.unlink()
-    else:
-        copy = torch.empty_like(source)
-        seconds = statistics.median(_times([lambda: copy.copy_(source)], math.inf)[0])
-    return size / 1e9 / seconds
+# Results
 
 
-def _write_and_read(source: Tensor, path: Path) -> None:
-    with open(path, "wb") as file:
-        file.write(memoryview(source.numpy()))
-        file.flush()
-        os.fsync(file.fileno())
-    with open(path, "rb") as file:
-        file.readinto(memoryview(bytearray(source.numel())))
-
-
-def _broadcast_s(kind: str, source: Tensor, path: Path) -> float:
-    """Median seconds of a broadcast to a process that has the server's place."""
-    other = str(torch.device("cuda", 0)) if kind == "nccl" else "cpu"
-    listener = mp.get_context("spawn").Process(
-        target=_listen, args=(kind, str(path), source.numel(), other), daemon=True
+def _row(
+    drawn: Drawn,
+    kind: str,
+    by: str,
+    weights: str,
+    turns: tuple[float, ...],
+    *,
+    carried: float | None = None,
+    receipts_s: float | None = None,
+    note: str = "",
+) -> Row:
+    size = _bytes(drawn.target) + (_bytes(drawn.draft) if weights == BOTH else 0)
+    seconds = statistics.median(turns) if turns else None
+    return Row(
+        parameters=drawn.parameters,
+        transport=kind,
+        by=by,
+        weights=weights,
+        bytes=size,
+        seconds=seconds,
+        turns=turns,
+        gb_per_s=size / 1e9 / seconds if seconds else None,
+        bandwidth_gb_per_s=carried,
+        receipts_s=receipts_s,
+        receipts_share=receipts_s / seconds if receipts_s and seconds else None,
+        note=note,
     )
-    listener.start()
-    try:
-        group = Group(
-            kind, FileStore(str(path), 2), name="bandwidth", rank=0, world=2, device=source.device, timeout_s=60.0
-        )
-        try:
-            return statistics.median(_times([lambda: group.broadcast(source)], math.inf)[0])
-        finally:
-            listener.join(10.0)  # it leaves after as many turns
-            group.abort()
-    finally:
-        listener.kill()
-        path.unlink(missing_ok=True)
 
 
-def _listen(kind: str, path: str, size_bytes: int, device: str) -> None:
-    """Runs in a process of its own: takes what `_times` has broadcast."""
-    at = torch.device(device)
-    group = Group(kind, FileStore(path, 2), name="bandwidth", rank=1, world=2, device=at, timeout_s=60.0)
-    buffer = torch.empty(size_bytes, dtype=torch.uint8, device=at)
-    for _ in range(WARM_UPS + TURNS):
-        group.broadcast(buffer)
-    group.abort()
+def _bytes(named: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in named.values())
+
+
+def checks(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The goals that these rows can be held against, met or not."""
+    found = []
+    for parameters, kind in dict.fromkeys((r.parameters, r.transport) for r in rows):
+        here = [r for r in rows if (r.parameters, r.transport) == (parameters, kind) and r.seconds]
+        ours = {r.weights: r for r in here if r.by == OURS}
+        where = f"{parameters / 1e9:.2g} billion parameters, {kind}"
+        target, both = ours.get(TARGET), ours.get(BOTH)
+        if target and both:
+            assert target.seconds and both.seconds
+            more = both.seconds / target.seconds - 1
+            goal = f"at most {DRAFT_SHARE}"
+            found.append(check(f"{where}: what the draft adds to the target's push", more, goal, more <= DRAFT_SHARE))
+        for weights, row in ours.items():
+            share, goal = row.receipts_share, f"at most {RECEIPT_SHARE}"
+            assert share is not None
+            found.append(check(f"{where}, {weights}: receipts of the push", share, goal, share <= RECEIPT_SHARE))
+        plain = min((r.seconds for r in here if r.by != OURS and r.seconds), default=None)
+        if target and target.seconds and plain:
+            ratio, goal = target.seconds / plain, f"at most {OVER_PLAIN}"
+            found.append(check(f"{where}: our push over SGLang's fastest", ratio, goal, ratio <= OVER_PLAIN))
+    return found
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "bytes": ("GB", lambda x: f"{x / 1e9:.3f}"),
+    "seconds": ("s", lambda x: f"{x:.4f}"),
+    "gb_per_s": ("GB/s", lambda x: f"{x:.2f}"),
+    "bandwidth_gb_per_s": ("bandwidth, GB/s", lambda x: f"{x:.2f}"),
+    "receipts_s": ("receipts, s", lambda x: f"{x:.4f}"),
+    "receipts_share": ("of the push", lambda x: f"{x:.1%}"),
+}
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """One case's rows for a terminal."""
+    title = f"{rows[0].parameters / 1e9:.3g} billion parameters, {rows[0].transport}"
+    shown = Table(title=title, title_justify="left", box=None, header_style="bold")
+    shown.add_column("by", min_width=24)
+    shown.add_column("weights", min_width=14)
+    for head, _ in COLUMNS.values():
+        shown.add_column(head, justify="right")
+    shown.add_column("")
+    for row in rows:
+        values = [(getattr(row, name), text) for name, (_, text) in COLUMNS.items()]
+        shown.add_row(row.by, row.weights, *("-" if v is None else text(v) for v, text in values), row.note)
+    return shown

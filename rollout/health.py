@@ -88,17 +88,18 @@ class Health:
         return bool(self._threads)
 
     def settle(self) -> int:
-        """Says who may generate at the start of a call; the version of the target that answers it, -1 if none is
-        served yet."""
+        """Says who may generate at the start of a call; the version of the target that answers it, -1 if nobody serves
+        the newest that was ever served: then the first server that gets its weights decides."""
         for seat in self.up():
             self._notice_exit(seat)
         now, up = time.monotonic(), self.up()
-        self._version = max(self._version, *(seat.server.versions()["target"] for seat in up), -1)
+        newest = max([seat.server.versions()["target"] for seat in up], default=-1)
+        self._version = max(self._version, newest)
         for seat in up:
             seat.seen_s, seat.failures, seat.retry_s = now, 0, 0.0
             if seat.state != "suspect":
                 self._admit(seat, self._version, "it serves")
-        return self._version
+        return self._version if newest == self._version else -1
 
     @contextlib.asynccontextmanager
     async def watching(self, call: Call) -> AsyncIterator[None]:

@@ -87,14 +87,16 @@ def describe() -> dict[str, Any]:
 
     parser = argparse.ArgumentParser(add_help=False)
     ServerArgs.add_cli_args(parser)
+    # several options may set one argument: the one of its own name comes last and counts
+    actions = [action for action in parser._actions if action.option_strings]
+    actions.sort(key=lambda action: f"--{action.dest.replace('_', '-')}" in action.option_strings)
     flags = {
         action.dest: {
             "options": list(action.option_strings),
             "takes": "none" if action.nargs == 0 else "values" if action.nargs in ("*", "+") else "value",
             "default": str(action.default),
         }
-        for action in parser._actions
-        if action.option_strings
+        for action in actions
     }
     platforms = [name for name in ("cpu", "cuda", "hip", "npu", "xpu") if getattr(utils, f"is_{name}")()]
     return {"version": __version__, "flags": flags, "platforms": platforms}
@@ -115,7 +117,11 @@ def serve(argv: Sequence[str]) -> None:
     for endpoint in (http_server.server_info, http_server.get_server_info):
         endpoint._auth_level = AuthLevel.ADMIN_OPTIONAL
     arguments = prepare_server_args(list(argv))
-    arguments.api_key, arguments.admin_api_key = api_key, admin_key
+    for name, key in (("api_key", api_key), ("admin_api_key", admin_key)):
+        try:
+            setattr(arguments, name, key)
+        except AttributeError:  # 0.5.17's dataclass refuses assignment, later ones are no dataclasses
+            object.__setattr__(arguments, name, key)
     try:
         run_server(arguments)
     finally:

@@ -61,12 +61,14 @@ class SGLangServer:
         gpus: Sequence[int] = (),
         folder: Path | None = None,
         eos: Sequence[int] = (),
+        vocab_size: int | None = None,
         start_timeout_s: float = 900.0,
         push_timeout_s: float = 300.0,
     ) -> None:
         """`join` is the address of a server that runs already; otherwise `launch` is the command that starts one on
-        `host` and `gpus` (indices), its log in `folder`. `eos` end a response beside the model's own tokens that do.
-        `push_timeout_s` is for each command of a session."""
+        `host` and `gpus` (indices), its log in `folder`. `eos` end a response beside the model's own tokens that do;
+        ids from `vocab_size` on are refused, since one of them would kill the server. `push_timeout_s` is for each
+        command of a session."""
         assert join or (launch and folder is not None), "a server is either joined or started"
         self.name = name
         self.draft_depth = draft_depth
@@ -85,6 +87,7 @@ class SGLangServer:
         self._gpus = tuple(gpus)
         self._folder = folder
         self._eos = tuple(eos)
+        self._vocab_size = vocab_size
         self._start_timeout_s = start_timeout_s
         self._push_timeout_s = push_timeout_s
         self._lock = threading.Lock()
@@ -212,6 +215,8 @@ class SGLangServer:
     def check(self, request: Request) -> None:
         """Raises `ValueError` for a request that can never run here."""
         payload(request, "", eos=self._eos)
+        if self._vocab_size is not None and not all(0 <= token < self._vocab_size for token in request.tokens):
+            raise ValueError(f"request {request.id!r} has a token id outside 0..{self._vocab_size - 1}")
         features = self._known_features()
         # SGLang cuts a response at two tokens less, and refuses a prompt at seven less; with a draft it keeps a block
         context = int(features.info.get("context_length") or self.settings.context_length)

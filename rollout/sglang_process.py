@@ -10,11 +10,14 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import miles_spec
@@ -35,9 +38,11 @@ _NOT_INHERITED = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "SGLANG_API_K
 def environment(gpus: Sequence[int] = ()) -> dict[str, str]:
     """The variables of a server's process, without its keys; `gpus` are indices into those this process may see."""
     variables = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
-    folder = str(Path(miles_spec.__file__).parents[1])
+    folder = _alone()
     inherited = variables.get("PYTHONPATH", "")
     variables["PYTHONPATH"] = f"{folder}{os.pathsep}{inherited}" if inherited else folder
+    # a context a little longer than the model's is asked for, so that the last tokens have room for a drafted block
+    variables["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     variables["TQDM_DISABLE"] = "1"  # progress bars make a log unreadable
     # /health would generate a token, also while the memory that needs is released
     variables["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
@@ -47,6 +52,15 @@ def environment(gpus: Sequence[int] = ()) -> dict[str, str]:
             raise ValueError(f"GPU {max(gpus)} is asked for, but CUDA_VISIBLE_DEVICES names {len(visible)}")
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] if visible else str(i) for i in gpus)
     return variables
+
+
+@cache
+def _alone() -> str:
+    """A folder that holds this package alone: the one it is installed in may hold a torch that is not the server's."""
+    folder = tempfile.mkdtemp(prefix="miles-spec-python-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    Path(folder, "miles_spec").symlink_to(Path(miles_spec.__file__).resolve().parent, target_is_directory=True)
+    return folder
 
 
 def free_port(host: str) -> int:
@@ -63,6 +77,8 @@ class ServerProcess:
     def __init__(self, command: Sequence[str], variables: Mapping[str, str], keys: Keys, log: Path) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
+        if log.exists():
+            log.replace(log.with_name(f"{log.name}.before"))  # what it says of why the last one ended
         given = {API_KEY: keys.api, ADMIN_KEY: keys.admin, PARENT: str(os.getpid())}
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:

@@ -393,5 +393,9 @@ class Syncer:
                 receipt.attempts,
                 "; ".join(receipt.mismatched[:3]) or "no tensor to compare",
             )
-        if member.draft_depth:
+        if not member.draft_depth:
+            return
+        try:
             member.set_draft_depth(0)
+        except ValueError as error:  # a joined server, whose start is not ours
+            log.warning("engine %r drafts on with what it has, which costs speed only: %s", member.name, error)

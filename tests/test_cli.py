@@ -47,6 +47,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     replace("bench", "rollout", None)
     replace("kernel_bench.run", "kernels", None)
     replace("quickstart", "main", None)
+    replace("serve", "serve", None)
+    sync = ModuleType("miles_spec.sync_bench")
+    sync.sync = lambda path, **given: made.append(("sync_bench", "sync", path, given))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, sync.__name__, sync)
     return made
 
 
@@ -97,10 +101,68 @@ def test_bench_kernels(arguments: list[str], expected: tuple[object, ...], calls
     assert calls == [("kernel_bench.run", "kernels", *expected)]
 
 
+SYNC = {
+    "sizes": (0.1e9, 1e9, 3e9),
+    "transports": ("ipc", "nccl", "disk"),
+    "budget_s": 540.0,
+    "launch": (),
+    "settings": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "given"),
+    [
+        ([], None, {}),
+        (["--json", "s.json", "--sizes", "0.1e9,2e6"], Path("s.json"), {"sizes": [1e8, 2e6]}),
+        (["--transports", "disk,ipc", "--budget-s", "60"], None, {"transports": ["disk", "ipc"], "budget_s": 60.0}),
+        (["--launch", "python 'a b.py'"], None, {"launch": ["python", "a b.py"]}),
+        (
+            ["--set", "attention_backend=triton", "--set", "tp_size=2", "--set", "release=true", "--set", "x=a=b"],
+            None,
+            {"settings": {"attention_backend": "triton", "tp_size": 2, "release": True, "x": "a=b"}},
+        ),
+    ],
+    ids=["plain", "sizes", "transports", "launch", "settings"],
+)
+def test_bench_sync(arguments: list[str], path: Path | None, given: dict[str, object], calls: list[object]) -> None:
+    assert main(["bench", "sync", *arguments]) == 0
+    assert calls == [("sync_bench", "sync", path, SYNC | given)]
+
+
+@pytest.mark.parametrize("text", ["triton", "=triton"])
+def test_bench_sync_setting_without_a_key_or_a_value(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "sync", "--set", text])
+    assert f"'{text}' is not of the form KEY=VALUE" in capsys.readouterr().err
+
+
 def test_report(calls: list[object], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "runs/x"]) == 0
     assert calls == [("report", "write", Path("runs/x"))]
     assert capsys.readouterr().out == "runs/x/report.html\n"
+
+
+def test_rollout_serve(run_file: Path, calls: list[object]) -> None:
+    assert main(["rollout", "serve", str(run_file), "--rollout.engine", "sglang"]) == 0
+    assert calls == [("serve", "serve", load(run_file, ["--rollout.engine", "sglang"]))]
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("server", [True, False])
+def test_doctor(run_file: Path, given: bool, server: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    fake = ModuleType("miles_spec.doctor")
+    fake.doctor = lambda config, *, server: made.extend([config, server])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    arguments = ([str(run_file), "--steps", "3"] if given else []) + ([] if server else ["--no-server"])
+    assert main(["doctor", *arguments]) == 0
+    assert made == [load(run_file, ["--steps", "3"]) if given else None, server]
+
+
+def test_doctor_takes_settings_of_a_run_file_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--steps=3"]) == 2
+    assert "name the run file before it" in capsys.readouterr().err
 
 
 def test_quickstart(calls: list[object]) -> None:
@@ -126,6 +188,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench"], "kernels"),
         (["bench", "rollout"], "--json PATH"),
         (["bench", "kernels"], "--only KERNELS"),
+        (["bench", "sync"], "--set KEY=VALUE"),
+        (["rollout"], "serve"),
+        (["rollout", "serve"], "--rollout.temperature"),
+        (["doctor"], "--no-server"),
         (["report"], "RUN_DIR"),
         (["quickstart"], "a few minutes"),
     ],

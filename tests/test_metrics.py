@@ -67,7 +67,7 @@ def test_rollout_is_pooled() -> None:
 
 def test_rollout_without_a_draft_claims_nothing_of_speculation() -> None:
     full = rollout_metrics(SAMPLES, TIMES, 2.0, [[30, 5]], COST, 2)
-    bare = rollout_metrics(SAMPLES, TIMES, 2.0, [[30, 5]], None, 2)
+    bare = rollout_metrics(SAMPLES, TIMES, 2.0, [[30, 5]], None, 2, drafting=False)
     assert full.keys() - bare.keys() == {
         "verify_steps", "accepted_tokens", "accept_length", "accept_rate_by_position", "tokens_per_s_plain",
         "net_speedup", "net_speedup_error",

@@ -509,3 +509,17 @@ def test_kill_9_in_mid_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert all(len(c.tokens) == 20 and c.finish == "length" for c in done)
         assert fleet.restarts == 1 and noticed[0] < 30 and fleet.requeued + fleet.retries >= 1
         assert fleet.versions()["target"] == 1 and fleet.members() == servers
+
+
+def test_a_newer_version_comes_with_the_weights_where_nobody_serves() -> None:
+    """After a push that verified nowhere, or the death of all servers while the trainer worked."""
+    for fall in (lambda server: server.leave("the push did not verify"), lambda server: server.die()):
+        server, newest = FakeServer("a"), [5]
+        server.version = 5
+        fleet = fleet_of([server], lambda s, n=newest: setattr(s, "version", n[0]), start_timeout_s=5.0)
+        complete(fleet, requests(4))
+        newest[0] = 6
+        fall(server)
+        fleet.members()
+        complete(fleet, requests(4))
+        assert fleet.versions()["target"] == 6

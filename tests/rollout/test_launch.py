@@ -50,13 +50,18 @@ is_hip = is_npu = is_xpu = is_cpu
 """,
     "srt/utils/auth.py": "class AuthLevel:\n    ADMIN_OPTIONAL = 'admin'",
     "srt/server_args.py": """
-import dataclasses
+import dataclasses, os
 
 @dataclasses.dataclass
 class ServerArgs:
     argv: list
     api_key: str = None
     admin_api_key: str = None
+
+    def __setattr__(self, name, value):
+        if os.environ.get("READ_ONLY") and "argv" in self.__dict__ and "admin_api_key" in self.__dict__:
+            raise AttributeError(f"server_args.{name} assigned after resolution")
+        object.__setattr__(self, name, value)
 
     @staticmethod
     def add_cli_args(parser):
@@ -109,8 +114,10 @@ def run(variables: dict[str, str], *argv: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_the_keys_reach_the_server_and_nobody_else(variables: dict[str, str]) -> None:
-    told, killed = run(variables, "--model-path", "/m")
+@pytest.mark.parametrize("read_only", ["", "1"])
+def test_the_keys_reach_the_server_and_nobody_else(variables: dict[str, str], read_only: str) -> None:
+    """Also where the arguments refuse to be assigned to, as those of 0.5.17 do."""
+    told, killed = run({**variables, "READ_ONLY": read_only}, "--model-path", "/m")
     seen = json.loads(told)
     assert seen["argv"] == ["--model-path", "/m"]
     assert seen["keys"] == ["the-api-key", "the-admin-key"] and seen["environment"] == []

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -17,6 +18,8 @@ from miles_spec.rollout.fleet import Fleet
 from miles_spec.rollout.sglang_api import Api, Keys
 from miles_spec.sync.transports import Ipc
 from miles_spec.types import RunError
+
+from .conftest import CONTEXT
 
 
 def test_a_wrong_key_is_refused(host: Any) -> None:
@@ -37,7 +40,7 @@ def test_a_wrong_key_is_refused(host: Any) -> None:
 
 def test_keys_stand_in_no_log_and_no_command_line(host: Any) -> None:
     log = host.server._process.log.read_text(errors="replace")
-    command = open(f"/proc/{host.server._process.pid}/cmdline").read()
+    command = Path(f"/proc/{host.server._process.pid}/cmdline").read_text()
     for key in (host.keys.api, host.keys.admin):
         assert key not in log
         assert key not in command
@@ -87,7 +90,7 @@ def fleet_of(host: Any, **overrides: Any) -> Fleet:
 
     version = host.server.versions()["target"]
     settings = {"probe_s": 0.5, "dead_after_s": 60.0, "start_timeout_s": 120.0, "request_timeout_s": 120.0}
-    return Fleet([host.server], recover=recover, max_running=4, **(settings | overrides))
+    return Fleet([host.server], recover=recover, max_running=4, max_context=CONTEXT, **(settings | overrides))
 
 
 def test_a_server_killed_while_it_generates_loses_nothing(host: Any, sampled: Any) -> None:

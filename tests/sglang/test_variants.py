@@ -1,0 +1,64 @@
+"""Servers of other kinds: a draft with a reduced vocabulary, and weights in shards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from miles_spec.sync.session import TargetSyncError
+from miles_spec.sync.transports import Collective, Ipc
+
+CPU = torch.device("cpu")
+
+
+def same_as_ours(host: Any, requests: Any) -> None:
+    """Tokens, verify steps and accepted drafts are those of our engine."""
+    for ours, theirs in zip(host.pair.embedded().generate(requests), host.generate(requests), strict=True):
+        assert theirs.tokens == ours.tokens
+        assert theirs.spec.verify_steps == ours.spec.verify_steps
+        assert sum(theirs.spec.accepted) == sum(ours.spec.accepted)
+
+
+def test_a_reduced_vocabulary_has_its_head_pushed(start: Any, reduced: Any, sampled: Any) -> None:
+    host = start("reduced", reduced)
+    host.learn()
+    assert "lm_head.weight" in host.server.manifest()["draft"]
+    for pair in (reduced, reduced.other(1)):  # the second time with another head
+        assert all(receipt.verified for receipt in host.push(pair))
+        same_as_ours(host, sampled(max_new_tokens=16))
+    assert sum(sum(c.spec.accepted) for c in host.generate(sampled())) > 0
+    host.server.stop()
+
+
+def test_two_ranks_take_their_shards(start: Any, pair: Any, sampled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    host = start("sharded", pair, tp_size=2)
+    assert host.server.ranks == 2
+    host.learn()
+    for transport in (Ipc(CPU), Collective("gloo", CPU)):
+        receipts = host.push(host.pair.other(1), transport)
+        assert all(receipt.verified for receipt in receipts)
+        assert receipts[0].tensors == len(pair.target())
+        same_as_ours(host, sampled(max_new_tokens=12)[:4])
+    name = "model.layers.0.mlp.down_proj.weight"
+    flipped = Ipc(CPU)
+    deliver = type(host.server).deliver
+
+    def one_rank_reads_something_else(self: Any, command: Any) -> Any:
+        """Swaps two tensors of the same shape in the bucket's table."""
+        if command["do"] == "load":
+            rows = {row[0]: list(row) for row in command["table"]}
+            if name in rows and (other := name.replace("layers.0", "layers.1")) in rows:
+                rows[name][3], rows[other][3] = rows[other][3], rows[name][3]
+                command = {**command, "table": list(rows.values())}
+        return deliver(self, command)
+
+    monkeypatch.setattr(type(host.server), "deliver", one_rank_reads_something_else)
+    host.syncer.bucket_bytes = 1 << 20
+    with pytest.raises(TargetSyncError, match=name):
+        host.push(transport=flipped)
+    monkeypatch.undo()
+    assert all(receipt.verified for receipt in host.push())
+    host.server.stop()
