@@ -45,12 +45,12 @@ slow: .venv/smollm2
 	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 1800
 
 # SGLang pins other versions than ours, so it gets an environment of its own, in which only its servers run.
-.venv-sglang/installed: tests/sglang/install.sh tests/sglang/requirements.txt
-	tests/sglang/install.sh $(PYTHON) .venv-sglang
+.venv-sglang/installed: tests/servers/install.sh tests/servers/requirements.txt
+	tests/servers/install.sh $(PYTHON) .venv-sglang
 	touch $@
 
 test-sglang: .venv/installed .venv-sglang/installed
-	MILES_SPEC_SGLANG_PYTHON='$(CURDIR)/.venv-sglang/bin/python' $(PYTEST) -m sglang tests/sglang
+	MILES_SPEC_SGLANG_PYTHON='$(CURDIR)/.venv-sglang/bin/python' $(PYTEST) -m sglang tests/servers
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -233,6 +233,7 @@ def _assemble(
     if serving is not None:
         serving.weights = run.weights
     run.push(self_test=True)
+    log.info("the engine serves version %d, verified", trainer.version)
     return run
 
 

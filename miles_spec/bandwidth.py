@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]  # public, but not in torch's `__all__`
 
-from miles_spec.sync.receivers import Group
+from miles_spec.sync.group import Group
 
 WARM_UPS = 2
 TURNS = 5

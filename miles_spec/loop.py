@@ -6,6 +6,7 @@ Invariant: a checkpoint holds the state between two steps, never within one, so 
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import time
@@ -35,6 +36,7 @@ def train(config: RunConfig) -> Path:
     before it: the state after the last whole step is saved, then the error is raised.
     """
     with LiveTable(steps=config.steps) as live, _interruptible() as interrupted, ExitStack() as stack:
+        stack.enter_context(_logged(Path(config.out)))
         run = assemble(config, live)
         stack.callback(run.stop)
         begun, step, cursor = time.perf_counter() - run.time_s, run.step, run.source.state()
@@ -146,6 +148,39 @@ def _forget_results(out: Path) -> None:
 def due(config: RunConfig, step: int) -> bool:
     """Whether `step` ends with a checkpoint."""
     return bool(config.checkpoint.every) and step % config.checkpoint.every == 0
+
+
+class _LogFile(logging.FileHandler):
+    """Makes its folder with the first record: a run that is refused leaves nothing behind."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return  # the run finds out by itself that it cannot write there, and says so
+        super().emit(record)
+
+
+@contextmanager
+def _logged(out: Path) -> Iterator[None]:
+    """Keeps what this package logs in `run.log`, with times; warnings go to the terminal as well."""
+    logger = logging.getLogger("miles_spec")
+    level = logger.level
+    handlers: list[logging.Handler] = [_LogFile(out / "run.log", encoding="utf-8", delay=True)]
+    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    if not logger.hasHandlers():
+        handlers.append(logging.StreamHandler())
+        handlers[1].setLevel(logging.WARNING)
+    logger.setLevel(logging.INFO)
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
 
 
 @contextmanager

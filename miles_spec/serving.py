@@ -6,7 +6,9 @@ serve, before it generates.
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +25,13 @@ from miles_spec.rollout.fleet import Fleet
 from miles_spec.rollout.sglang import SGLangServer
 from miles_spec.rollout.sglang_api import Keys
 from miles_spec.rollout.sglang_args import ServerSettings
+from miles_spec.sync.collective import Collective
 from miles_spec.sync.placement import dtype_name
 from miles_spec.sync.session import Syncer
-from miles_spec.sync.transports import Collective, Disk, Ipc, Transport
+from miles_spec.sync.transports import Disk, Ipc, Transport
 from miles_spec.types import Role, TensorMeta
+
+log = logging.getLogger(__name__)
 
 TRAINED_BYTES = 12
 """Per weight, what training adds beside the weights themselves: a gradient and two moments in float32."""
@@ -134,7 +139,9 @@ class Serving:
 
     def start(self) -> None:
         """Starts or joins all servers. Raises `RunError` with the end of a log if one does not come up."""
+        begun = time.perf_counter()
         self.fleet.start()
+        log.info("%d servers are up after %.0f s", len(self._servers), time.perf_counter() - begun)
         self._learn("target", self.weights().target)
 
     def attach_draft(self, draft: DraftHead, tensors: Mapping[str, Tensor], depth: int) -> None:

@@ -31,9 +31,10 @@ from miles_spec.random_models import Drawn, draw, export_for
 from miles_spec.rollout.sglang import SGLangServer
 from miles_spec.rollout.sglang_api import Api, Keys
 from miles_spec.rollout.sglang_args import ServerSettings
+from miles_spec.sync.collective import Collective
 from miles_spec.sync.digest import digests
 from miles_spec.sync.session import Syncer
-from miles_spec.sync.transports import Collective, Disk, Ipc, Transport, buckets
+from miles_spec.sync.transports import Disk, Ipc, Transport, buckets
 from miles_spec.types import Role, RunError, TensorMeta
 
 SIZES = (0.1e9, 1e9, 3e9)

@@ -1,7 +1,8 @@
 """How weights reach engines: in buckets of a set size, each sent to all members of a session at once.
 
 A member within this process takes tensors as they are (`InProcess`). A remote one is told where they lie: in memory
-that both see (`Ipc`), in what is broadcast next (`Collective`), or in a file (`Disk`); `sync/receivers.py` is its half.
+that both see (`Ipc`), in a file (`Disk`), or in what is broadcast next (`Collective`, in `collective.py`). Its half is in
+`receivers.py`.
 
 Invariant: a bucket's tensors are only read, and need to stay as they are only until `send` returns. What a remote
 member reads stays as it is until that member has answered.
@@ -15,7 +16,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import tempfile
 import threading
 import weakref
@@ -25,18 +25,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in torch's `__all__`
 
 from miles_spec.rollout.engine import LocalMember, Member, RemoteMember
-from miles_spec.sync.receivers import ALIGN_BYTES, GROUP_FAILED, NO_GROUP, Group, gpu_uuid, map_file, views
+from miles_spec.sync.receivers import ALIGN_BYTES, gpu_uuid, map_file, views
 from miles_spec.types import Role
 
 Bucket = Sequence[tuple[str, Tensor]]
@@ -46,9 +44,6 @@ Table = list[tuple[str, str, list[int], int]]
 
 IN_TURN = 2
 """Buffers, and buckets on their way at a time."""
-
-GROUPS = 2
-"""Collective groups kept: all members for the target, and those that draft."""
 
 T = TypeVar("T")
 
@@ -155,7 +150,7 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _start(work: Callable[[], T]) -> Future[T]:
+def in_thread(work: Callable[[], T]) -> Future[T]:
     """Runs `work` in a thread that ends with the process, unlike those of an executor, which a dead engine could hold
     up."""
     future: Future[T] = Future()
@@ -181,11 +176,12 @@ def each(members: Sequence[Member], work: Callable[[Any], T]) -> dict[str, T | E
 
     if len(members) == 1:
         return {members[0].name: tried(members[0])}
-    running = {member.name: _start(lambda member=member: tried(member)) for member in members}  # type: ignore[misc]
+    running = {member.name: in_thread(lambda member=member: tried(member)) for member in members}  # type: ignore[misc]
     return {name: future.result() for name, future in running.items()}
 
 
-def _fault_of(answer: Answer) -> str | None:
+def fault_of(answer: Answer) -> str | None:
+    """Why a member did not do as it was told, as a sentence; None if it did."""
     if isinstance(answer, Exception):
         return said(answer)
     if answer.get("ok") is True:
@@ -193,8 +189,11 @@ def _fault_of(answer: Answer) -> str | None:
     return str(answer.get("fault") or f"it answered {dict(answer)}")
 
 
-class _Remote(ABC):
-    """What the transports to other processes share: one bucket after the other, packed ahead, faults by member."""
+class Remote(ABC):
+    """What the transports to other processes share: one bucket after the other, packed ahead, faults by member.
+
+    `_faults` are those of the session, by name; `_told` the names of which the caller knows.
+    """
 
     def __init__(self) -> None:
         self._members: tuple[RemoteMember, ...] = ()
@@ -233,7 +232,7 @@ class _Remote(ABC):
             except Exception as error:  # on the trainer's side, such as a full disk
                 self._faults |= {member.name: Fault(why=said(error)) for member in well}
 
-        self._on_way.append(_start(fly))
+        self._on_way.append(in_thread(fly))
         return self._news()
 
     def close(self, members: Sequence[Member], role: Role) -> Faults:
@@ -254,7 +253,7 @@ class _Remote(ABC):
 
     def _deliver(self, members: Sequence[RemoteMember], command: Command) -> Faults:
         """Has members load one bucket; returns when all of them have, or have failed."""
-        return _own_faults(each(members, lambda member: member.deliver(command)))
+        return own_faults(each(members, lambda member: member.deliver(command)))
 
     def _news(self) -> Faults:
         news = {name: fault for name, fault in dict(self._faults).items() if name not in self._told}
@@ -262,12 +261,13 @@ class _Remote(ABC):
         return news
 
 
-def _own_faults(answers: Mapping[str, Answer]) -> Faults:
-    faults = {name: _fault_of(answer) for name, answer in answers.items()}
+def own_faults(answers: Mapping[str, Answer]) -> Faults:
+    """Of members that did not do as they were told, by name, each through its own fault."""
+    faults = {name: fault_of(answer) for name, answer in answers.items()}
     return {name: Fault(why=why) for name, why in faults.items() if why is not None}
 
 
-def _fill(bucket: Bucket, buffer: Tensor) -> tuple[Table, int, Callable[[], None]]:
+def fill(bucket: Bucket, buffer: Tensor) -> tuple[Table, int, Callable[[], None]]:
     """Packs a bucket into a buffer; its table, its bytes, and what waits until the copies are done."""
     table, size = table_of(bucket)
     assert size <= buffer.numel(), "the buffers were made for smaller buckets"
@@ -280,7 +280,7 @@ def _fill(bucket: Bucket, buffer: Tensor) -> tuple[Table, int, Callable[[], None
     return table, size, packed.synchronize
 
 
-class Ipc(_Remote):
+class Ipc(Remote):
     """Members on this machine: they map the trainer's buffers, on a GPU that they see too or in shared memory.
 
     `device` is where the buffers lie: the trainer's GPU, or the CPU. A file of shared memory has mode 0600 and lies in
@@ -312,10 +312,10 @@ class Ipc(_Remote):
                 self._buffers = [map_file(path, room_bytes) for path in paths]
                 self._offers = [{"path": path, "bytes": room_bytes} for path in paths]
         command: Command = {"do": "open", "via": {"kind": "ipc", "buffers": self._offers}}
-        return _own_faults(each(members, lambda member: member.deliver(command)))
+        return own_faults(each(members, lambda member: member.deliver(command)))
 
     def _pack(self, bucket: Bucket, role: Role, slot: int) -> tuple[Command, Callable[[], None]]:
-        table, size, ready = _fill(bucket, self._buffers[slot])
+        table, size, ready = fill(bucket, self._buffers[slot])
         return {"do": "load", "table": table, "bytes": size, "via": {"slot": slot}}, ready
 
 
@@ -368,7 +368,7 @@ def _export_cuda(buffer: Tensor) -> Command:
     }
 
 
-class Disk(_Remote):
+class Disk(Remote):
     """Members that share a folder with the trainer, under the same path: one safetensors file per bucket.
 
     A file appears under its name only when it is whole and on disk, and goes once every member has read it.
@@ -392,7 +392,7 @@ class Disk(_Remote):
     def _open(self, members: Sequence[RemoteMember], role: Role, room_bytes: int) -> Faults:
         self._folder.mkdir(parents=True, exist_ok=True)
         command: Command = {"do": "open", "via": {"kind": "disk"}}
-        return _own_faults(each(members, lambda member: member.deliver(command)))
+        return own_faults(each(members, lambda member: member.deliver(command)))
 
     def _pack(self, bucket: Bucket, role: Role, slot: int) -> tuple[Command, Callable[[], None]]:
         table, size = table_of(bucket)
@@ -418,148 +418,3 @@ def _write(named: Mapping[str, Tensor], path: Path) -> None:
             os.close(handle)
         if written is hidden:
             hidden.rename(path)
-
-
-class Collective(_Remote):
-    """Members on other GPUs or machines: the trainer is rank 0 of a group and broadcasts each bucket to all of them.
-
-    A group is made at the first session of its members, kept over sessions, and made anew once a member of it was gone.
-    A member that fails without leaving the group takes part in the broadcasts that follow and loads nothing of them.
-    When one is gone, nobody's broadcast can be trusted: the others fail too, with `Fault.by` naming it.
-
-    `host` is the trainer's address as the members see it, `device` where the buffers lie.
-    """
-
-    def __init__(
-        self,
-        backend: Literal["nccl", "gloo"],
-        device: torch.device,
-        *,
-        host: str = "127.0.0.1",
-        timeout_s: float = 60.0,
-    ) -> None:
-        super().__init__()
-        assert (backend == "nccl") == (device.type == "cuda"), "nccl broadcasts from GPUs, gloo from CPUs"
-        self._backend, self._device, self._host, self._timeout_s = backend, device, host, timeout_s
-        self._store: TCPStore | None = None
-        self._groups: dict[tuple[tuple[str, int], ...], tuple[str, Group]] = {}
-        """By its members' names and ranks, the one used last at the end."""
-        self._key: tuple[tuple[str, int], ...] = ()
-        self._buffers: list[Tensor] = []
-
-    def stop(self) -> None:
-        for _, group in self._groups.values():
-            group.abort()
-        self._groups.clear()
-        self._buffers, self._store = [], None
-
-    def _open(self, members: Sequence[RemoteMember], role: Role, room_bytes: int) -> Faults:
-        if not self._buffers or self._buffers[0].numel() < room_bytes:
-            self._buffers = [torch.empty(room_bytes, dtype=torch.uint8, device=self._device) for _ in range(IN_TURN)]
-        self._key = tuple((member.name, member.ranks) for member in members)
-        if self._key in self._groups:
-            name, group = self._groups.pop(self._key)
-            self._groups[self._key] = name, group
-            answers = self._join(members, name, room_bytes, joined=True)
-            if not any(isinstance(a, Exception) or NO_GROUP in (_fault_of(a) or "") for a in answers.values()):
-                return _own_faults(answers)
-            self._drop(self._key)  # a member has restarted since, or is gone
-        while len(self._groups) >= GROUPS:
-            self._drop(next(iter(self._groups)))
-        return self._build(members, room_bytes)
-
-    def _build(self, members: Sequence[RemoteMember], room_bytes: int) -> Faults:
-        name = secrets.token_hex(8)
-        store = self._store = self._store or _store(self._host, self._timeout_s)
-        joining = _start(lambda: self._join(members, name, room_bytes, joined=False))
-        failed: Exception | None = None
-        try:
-            group = Group(
-                self._backend,
-                store,
-                name=name,
-                rank=0,
-                world=1 + sum(member.ranks for member in members),
-                device=self._device,
-                timeout_s=self._timeout_s,
-            )
-            self._groups[self._key] = name, group
-        except (ConnectionError, TimeoutError) as error:
-            failed = error
-        return self._judge(joining.result(), failed)
-
-    def _join(self, members: Sequence[RemoteMember], name: str, room_bytes: int, *, joined: bool) -> dict[str, Answer]:
-        assert self._store is not None
-        first, at = {}, 1
-        for member in members:
-            first[member.name] = at
-            at += member.ranks
-        via = {
-            "kind": self._backend,
-            "address": [self._host, self._store.port],
-            "group": name,
-            "joined": joined,
-            "keep": [name, *(kept for kept, _ in self._groups.values())],
-            "world": at,
-            "bytes": room_bytes,
-            "timeout_s": self._timeout_s,
-        }
-        return each(members, lambda m: m.deliver({"do": "open", "via": {**via, "rank": first[m.name]}}))
-
-    def _pack(self, bucket: Bucket, role: Role, slot: int) -> tuple[Command, Callable[[], None]]:
-        table, size, ready = _fill(bucket, self._buffers[slot])
-        return {"do": "load", "table": table, "bytes": size, "via": {"slot": slot}}, ready
-
-    def _deliver(self, members: Sequence[RemoteMember], command: Command) -> Faults:
-        _, group = self._groups[self._key]
-        well, gone = {member.name for member in members}, threading.Event()
-
-        def tell(member: RemoteMember) -> Mapping[str, Any]:
-            try:
-                return member.deliver(command if member.name in well else {**command, "table": []})
-            except BaseException:
-                gone.set()
-                raise
-
-        answering = _start(lambda: each(self._members, tell))
-        failed: Exception | None = None
-        try:
-            group.broadcast(self._buffers[command["via"]["slot"]][: command["bytes"]], gone)
-        except (ConnectionError, TimeoutError) as error:
-            failed = error
-            group.abort()  # so that whoever waits for this broadcast learns it now
-        faults = self._judge(answering.result(), failed)
-        return {name: fault for name, fault in faults.items() if name not in self._faults}
-
-    def _judge(self, answers: Mapping[str, Answer], failed: Exception | None) -> Faults:
-        """Whose faults they are. Drops the group if its broadcast did not reach all."""
-        faults = {name: why for name, answer in answers.items() if (why := _fault_of(answer)) is not None}
-        gone = any(isinstance(answer, Exception) for answer in answers.values())
-        if failed is None and not gone and not any(GROUP_FAILED in why for why in faults.values()):
-            return {name: Fault(why=why) for name, why in faults.items()}
-        self._drop(self._key)
-        guilty = {name: why for name, why in faults.items() if GROUP_FAILED not in why}
-        if not guilty:  # nobody says more than that it broke
-            return {name: Fault(why=faults.get(name) or str(failed)) for name in answers}
-        by = ", ".join(map(repr, guilty))
-        return {
-            name: Fault(why=guilty[name]) if name in guilty else Fault(why=f"cut off by the fault of {by}", by=by)
-            for name in answers
-        }
-
-    def _drop(self, key: tuple[tuple[str, int], ...]) -> None:
-        if key in self._groups:
-            self._groups.pop(key)[1].abort()
-
-
-def _store(host: str, timeout_s: float) -> TCPStore:
-    """Where the ranks of a group find each other. It listens on `host` alone, not on every address of the machine."""
-    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    return TCPStore(
-        host,
-        listener.getsockname()[1],
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_s),
-        master_listen_fd=listener.detach(),
-    )

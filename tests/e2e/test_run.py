@@ -129,3 +129,8 @@ def test_a_frozen_draft_serves_on(configure: Configure, rewards: ModuleType, tmp
     for row in lines(tmp_path):
         assert row["accept_length_cotrained"] == row["accept_length_frozen"] and row["draft_version"] == 0
         assert "draft_loss" not in row
+
+
+def test_the_run_keeps_a_log(finished: RunConfig) -> None:
+    text = (Path(finished.out) / "run.log").read_text()
+    assert "miles_spec.assemble: the engine serves version 0, verified" in text

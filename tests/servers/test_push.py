@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from miles_spec.sync.collective import Collective
 from miles_spec.sync.session import TargetSyncError
-from miles_spec.sync.transports import Collective, Disk, Ipc
+from miles_spec.sync.transports import Disk, Ipc
 from miles_spec.types import RunError, TensorMeta
 
 CPU = torch.device("cpu")

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from miles_spec.sync.collective import Collective
 from miles_spec.sync.session import TargetSyncError
-from miles_spec.sync.transports import Collective, Ipc
+from miles_spec.sync.transports import Ipc
 
 CPU = torch.device("cpu")
 

@@ -197,6 +197,8 @@ class Host:
             self.server.start()
         if self.server.draft_depth != DEPTH:
             self.server.set_draft_depth(DEPTH)
+        self.syncer.transport.stop()  # of the test before
+        self.syncer.transport = Ipc(torch.device("cpu"))
         self.syncer._depths.clear()
         if "draft" not in self.server.manifest():
             self.learn()
