@@ -97,7 +97,7 @@ class Run:
     def push(self, *, self_test: bool = False) -> list[Receipt]:
         """Sends the trainer's weights to the engine; the receipts. With `self_test`, see `Syncer.self_test`.
 
-        None where all servers are being started anew: they are sent the weights before they generate.
+        There are none where all servers are being started anew: they are sent the weights before they generate.
         """
         members = self.engine.members()
         if not members:
@@ -147,10 +147,9 @@ def assemble(config: RunConfig, live: LiveTable) -> Run:
         raise ValueError(f"{out} holds checkpoints of an earlier run; set checkpoint.resume, or choose another `out`")
     if saved is not None:
         source.load_state(saved.values["source"])
-    rollout, draft_config = config.rollout, config.draft
-    max_context = rollout.max_context or config.data.max_prompt_tokens + rollout.max_new_tokens
+    max_context = context_tokens(config)
     _check_context(max_context, loaded.model)
-    if draft_config.enabled:
+    if config.draft.enabled:
         models.check_draftable(loaded.model)
     with ExitStack() as stack:
         run = _assemble(config, live, out, loaded, source, scorer, saved, max_context, stack)
@@ -255,6 +254,11 @@ def _embedded(config: RunConfig, loaded: models.Loaded, max_context: int) -> Emb
 def _untrained(loaded: models.Loaded) -> Weights:
     """What servers serve before there is a trainer."""
     return Weights(version=0, target={name: p.detach() for name, p in loaded.model.named_parameters()})
+
+
+def context_tokens(config: RunConfig) -> int:
+    """Most tokens of a prompt and its response together."""
+    return config.rollout.max_context or config.data.max_prompt_tokens + config.rollout.max_new_tokens
 
 
 def sampling(config: RunConfig) -> Sampling:

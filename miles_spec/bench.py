@@ -26,6 +26,7 @@ from miles_spec.provenance import check, write_result
 from miles_spec.rollout.bench import PLAIN, Row, as_json, compare, embedded_modes
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.engine import Engine
+from miles_spec.rollout.sglang_args import with_underscores
 from miles_spec.tracking import write_summary
 from miles_spec.types import Request
 
@@ -50,8 +51,8 @@ def rollout(
     """Prints the comparison for the run that `config` describes, and writes it into the run's directory.
 
     Without `batches`, `BATCHES` are timed, with SGLang servers `SERVED_BATCHES`. With `result` it is also written
-    there, as a benchmark's result. Raises `ValueError` if the run has no checkpoint
-    to take the weights from, or no draft.
+    there, as a benchmark's result. Raises `ValueError` if the run has no checkpoint to take the weights from, or no
+    draft.
     """
     out = Path(config.out)
     if not config.draft.enabled:
@@ -87,7 +88,7 @@ def rollout(
 def _with_two_servers(config: RunConfig, batch: int) -> RunConfig:
     """Room for `batch` sequences, and for a second server beside the first."""
     sglang = config.sglang
-    if "mem_fraction_static" not in {name.replace("-", "_") for name in sglang}:
+    if "mem_fraction_static" not in with_underscores(sglang):
         sglang = {**sglang, "mem_fraction_static": SHARE_OF_MEMORY}
     rollout = replace(config.rollout, max_running=max(config.rollout.max_running, batch))
     return replace(config, rollout=rollout, fleet=replace(config.fleet, release=False), sglang=sglang)

@@ -144,8 +144,9 @@ class FleetConfig:
     """For one response; a later one is aborted and asked for again."""
     probe_s: float = 2.0
     """Between probes of each server while responses are made."""
-    dead_after_s: float = 20.0
-    """A server that answers no probe for so long is restarted."""
+    dead_after_s: float = 60.0
+    """A server that answers nothing for so long is restarted; one whose process has ended, at once. Long enough for a
+    kernel that SGLang compiles at its first use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

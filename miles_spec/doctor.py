@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +39,7 @@ from miles_spec.rollout.sglang_args import (
     installed,
     refuse_greedy,
 )
-from miles_spec.rollout.sglang_process import environment
+from miles_spec.rollout.sglang_process import LAUNCH, environment
 from miles_spec.serve import Hosted, Policy, alone
 from miles_spec.sync.session import TargetSyncError
 from miles_spec.sync.transports import IN_TURN, Bucket, Faults, Transport
@@ -83,7 +82,7 @@ def findings(config: RunConfig | None, *, server: bool) -> Iterator[Finding]:
     yield from versions()
     yield from gpus()
     yield from shared_memory(config.fleet)
-    launch = config.fleet.launch or (sys.executable, "-m", "miles_spec.rollout.launch")
+    launch = config.fleet.launch or LAUNCH
     try:
         known = installed(launch, environment(), config.fleet.start_timeout_s)
     except RunError as error:

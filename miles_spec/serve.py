@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from miles_spec import checkpoint, models
-from miles_spec.assemble import assemble
+from miles_spec.assemble import assemble, context_tokens
 from miles_spec.config import RunConfig
 from miles_spec.draft.export import TOKEN_MAP, export, served_tensors
 from miles_spec.draft.modules import DraftHead
@@ -31,6 +31,7 @@ from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.launch import ADMIN_KEY, API_KEY
 from miles_spec.rollout.sglang import SGLangServer
 from miles_spec.rollout.sglang_api import Keys
+from miles_spec.rollout.sglang_args import with_underscores
 from miles_spec.serving import Serving, Weights
 from miles_spec.types import Receipt, RunError
 
@@ -102,7 +103,7 @@ def serve(config: RunConfig, say: Callable[[str], None] = print) -> None:
     with _until_told() as told, ExitStack() as stack:
         policy = load(config)
         folder, keys = Path(config.out) / "serve", Keys.random()
-        hosted = Hosted(alone(config), policy, folder, _context(config), keys)
+        hosted = Hosted(alone(config), policy, folder, context_tokens(config), keys)
         stack.callback(hosted.stop)
         stack.callback((folder / "keys.json").unlink, missing_ok=True)
         write_keys(keys, folder / "keys.json")
@@ -153,7 +154,7 @@ def load(config: RunConfig) -> Policy:
 
 def alone(config: RunConfig) -> RunConfig:
     """`config` for servers that share their GPUs with no training, and tell their metrics."""
-    sglang = {"enable_metrics": True, **{name.replace("-", "_"): value for name, value in config.sglang.items()}}
+    sglang = {"enable_metrics": True, **with_underscores(config.sglang)}
     if torch.cuda.is_available():
         sglang.setdefault("mem_fraction_static", SHARE_OF_MEMORY)
     return replace(config, sglang=sglang, fleet=replace(config.fleet, release=False))
@@ -224,10 +225,6 @@ def described(servers: Sequence[SGLangServer], front: router.Router | None, fold
             f"draft.num_steps = {servers[0].draft_depth}; what it pushes is verified. Ctrl-C ends the servers.",
         ]
     )
-
-
-def _context(config: RunConfig) -> int:
-    return config.rollout.max_context or config.data.max_prompt_tokens + config.rollout.max_new_tokens
 
 
 @contextmanager

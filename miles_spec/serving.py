@@ -7,7 +7,6 @@ serve, before it generates.
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,12 +23,13 @@ from miles_spec.models import Loaded
 from miles_spec.rollout.fleet import Fleet
 from miles_spec.rollout.sglang import SGLangServer
 from miles_spec.rollout.sglang_api import Keys
-from miles_spec.rollout.sglang_args import ServerSettings
+from miles_spec.rollout.sglang_args import ServerSettings, with_underscores
+from miles_spec.rollout.sglang_process import LAUNCH
 from miles_spec.sync.collective import Collective
-from miles_spec.sync.placement import dtype_name
+from miles_spec.sync.dtypes import dtype_name, metas_of
 from miles_spec.sync.session import Syncer
 from miles_spec.sync.transports import Disk, Ipc, Transport
-from miles_spec.types import Role, TensorMeta
+from miles_spec.types import Role
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Serving:
         self._folder = folder
         self._dtype = loaded.dtype
         rollout, fleet = config.rollout, config.fleet
-        given = {name.replace("-", "_"): value for name, value in config.sglang.items()}
+        given = with_underscores(config.sglang)
         ranks = int(given.get("tp_size", given.get("tensor_parallel_size", 1)))
         placed = [] if rollout.urls else _placed(fleet.gpus, fleet.engines, ranks, loaded.device)
         here = loaded.device.index or 0
@@ -103,7 +103,7 @@ class Serving:
                 settings=_with_room(settings, gpus, loaded, fleet.margin_gb) if here in gpus else settings,
                 keys=keys,
                 host=fleet.host,
-                launch=fleet.launch or (sys.executable, "-m", "miles_spec.rollout.launch"),
+                launch=fleet.launch or LAUNCH,
                 gpus=gpus,
                 folder=folder,
                 eos=loaded.eos_ids,
@@ -165,7 +165,7 @@ class Serving:
         self.syncer.transport.stop()
 
     def _learn(self, role: Role, tensors: Mapping[str, Tensor]) -> None:
-        metas = {n: TensorMeta(shape=tuple(t.shape), dtype=dtype_name(t.dtype)) for n, t in tensors.items()}
+        metas = metas_of(tensors.items())
         for server in self._servers:
             server.learn(role, metas)
 
@@ -201,7 +201,7 @@ def _placed(gpus: tuple[int, ...], engines: int, ranks: int, device: torch.devic
 
 def _with_room(settings: ServerSettings, gpus: tuple[int, ...], loaded: Loaded, margin_gb: float) -> ServerSettings:
     """Leaves the trainer of the same GPU the memory that it will take, and `margin_gb` beside."""
-    if not gpus or "mem_fraction_static" in {name.replace("-", "_") for name in settings.extra}:
+    if not gpus or "mem_fraction_static" in with_underscores(settings.extra):
         return settings
     free, _ = torch.cuda.mem_get_info(loaded.device)
     kept = TRAINED_BYTES * sum(p.numel() for p in loaded.model.parameters()) + margin_gb * 2**30

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,11 +30,13 @@ from miles_spec.random_models import Drawn, draw, export_for
 from miles_spec.rollout.sglang import SGLangServer
 from miles_spec.rollout.sglang_api import Api, Keys
 from miles_spec.rollout.sglang_args import ServerSettings
+from miles_spec.rollout.sglang_process import LAUNCH
 from miles_spec.sync.collective import Collective
 from miles_spec.sync.digest import digests
+from miles_spec.sync.dtypes import metas_of
 from miles_spec.sync.session import Syncer
 from miles_spec.sync.transports import Disk, Ipc, Transport, buckets
-from miles_spec.types import Role, RunError, TensorMeta
+from miles_spec.types import Role, RunError
 
 SIZES = (0.1e9, 1e9, 3e9)
 TRANSPORTS = ("ipc", "nccl", "disk")
@@ -103,9 +104,7 @@ def sync(
     for name in transports:
         if name not in TRANSPORTS:
             raise ValueError(f"there is no transport {name!r} to measure; there are {', '.join(TRANSPORTS)}")
-    bench = Bench(
-        result, budget_s, launch or (sys.executable, "-m", "miles_spec.rollout.launch"), {**SERVER, **(settings or {})}
-    )
+    bench = Bench(result, budget_s, launch or LAUNCH, {**SERVER, **(settings or {})})
     for size in sizes:
         bench.size(size, transports)
     failed = [f"{r.parameters:.2g} parameters, {r.transport}: {r.note}" for r in bench.rows if r.by == OURS and r.note]
@@ -121,10 +120,8 @@ class Bench:
         self.rows: list[Row] = []
         self.left_out: list[str] = []
         """What was not measured, and why."""
-        self._result, self._commit = (
-            result,
-            commit(),
-        )  # a tracked result that was written once makes the checkout differ
+        self._result = result
+        self._commit = commit()  # before a tracked result is written, which makes the checkout differ
         self._until = time.monotonic() + budget_s
         self._launch, self._settings = launch, settings
         self._sglang = ""
@@ -154,9 +151,7 @@ class Bench:
                 self._sglang = server.features.version
                 self._start_s = time.monotonic() - start
                 for role, named in drawn.roles():
-                    server.learn(
-                        role, {n: TensorMeta(shape=tuple(t.shape), dtype="bfloat16") for n, t in named.items()}
-                    )
+                    server.learn(role, metas_of(named.items()))
                 # the one that goes to another GPU comes last, so that weights lie on one GPU at a time
                 for transport in sorted(transports, key=lambda name: name == "nccl"):
                     if transport == "nccl" and gpus == 1:
@@ -202,8 +197,7 @@ class Bench:
             carried = bandwidth(kind, _bytes(drawn.target), drawn.device, folder / "bandwidth")
             rows = _ours(server, drawn, kind, transport, carried, self._until)
         except (RuntimeError, ValueError, OSError) as error:  # a transport that does not work here is a result too
-            why = str(error).split("\n")[0]
-            rows = [_row(drawn, kind, OURS, TARGET, (), note=f"failed: {why}")]
+            rows = [_failed(drawn, kind, OURS, error)]
         finally:
             transport.stop()
         if kind == "ipc":
@@ -227,8 +221,7 @@ class Bench:
                 else:
                     self._leave_out(f"{where}, SGLang's own call, {form}: no time was left")
             except Exception as error:  # of whichever kind, it takes no result of ours away
-                why = str(error).split("\n")[0]
-                rows.append(_row(drawn, "ipc", f"SGLang, {form}", TARGET, (), note=f"failed: {why}"))
+                rows.append(_failed(drawn, "ipc", f"SGLang, {form}", error))
         return rows
 
     def _take(self, rows: Sequence[Row]) -> None:
@@ -378,6 +371,11 @@ def _row(
         receipts_share=receipts_s / seconds if receipts_s and seconds else None,
         note=note,
     )
+
+
+def _failed(drawn: Drawn, kind: str, by: str, error: Exception) -> Row:
+    first = str(error).split("\n")[0]
+    return _row(drawn, kind, by, TARGET, (), note=f"failed: {first}")
 
 
 def _bytes(named: Mapping[str, Tensor]) -> int:

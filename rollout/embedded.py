@@ -29,6 +29,7 @@ from miles_spec.rollout.sampler import Stream, draw, filtered, uniform
 from miles_spec.rollout.sequence import Sequence as Running
 from miles_spec.rollout.verify import match_choice, match_greedy, reject
 from miles_spec.sync.digest import digests
+from miles_spec.sync.dtypes import metas_of
 from miles_spec.types import Completion, EngineTimes, Request, Role, TensorMeta, VerifyRule
 
 logger = logging.getLogger(__name__)
@@ -185,12 +186,7 @@ class EmbeddedEngine:
 
     def manifest(self) -> Mapping[Role, Mapping[str, TensorMeta]]:
         """See `Member.manifest`."""
-        return {
-            role: {
-                n: TensorMeta(shape=tuple(t.shape), dtype=str(t.dtype).removeprefix("torch.")) for n, t in of.items()
-            }
-            for role, of in self._served().items()
-        }
+        return {role: metas_of(named.items()) for role, named in self._served().items()}
 
     def begin_update(self, version: int, roles: Sequence[Role]) -> None:
         """See `Member.begin_update`."""

@@ -45,9 +45,8 @@ class Fleet:
         """`recover(server)` pushes the trainer's weights, verified, or raises; it is called in a thread of its own.
 
         At most `max_running` requests run on each server. `releases` says whether servers can give their memory back. A
-        server that answers no probe
-        for `dead_after_s` is dead. `start_timeout_s` is for bringing one server back, and for waiting while none
-        generates. A response that takes longer than `request_timeout_s` is made again.
+        server that answers no probe for `dead_after_s` is dead. `start_timeout_s` is for bringing one server back, and
+        for waiting while none generates. A response that takes longer than `request_timeout_s` is made again.
         """
         names = [server.name for server in servers]
         if not names or len(set(names)) < len(names):

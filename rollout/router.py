@@ -17,7 +17,7 @@ from pathlib import Path
 
 from miles_spec.rollout.launch import take_keys, watch_parent
 from miles_spec.rollout.sglang_api import Api, Keys
-from miles_spec.rollout.sglang_process import ServerProcess, environment, free_port
+from miles_spec.rollout.sglang_process import ServerProcess, environment, free_port, url_of
 from miles_spec.types import RunError
 
 
@@ -49,8 +49,7 @@ class Router:
             return
         self.stop()
         self._port = self._port or free_port(self._host)
-        called = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
-        self.url = f"http://[{called}]:{self._port}" if ":" in called else f"http://{called}:{self._port}"
+        self.url = url_of(self._host, self._port)
         flags = {
             "--host": self._host,
             "--port": str(self._port),

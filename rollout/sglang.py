@@ -20,19 +20,10 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from miles_spec.rollout.sglang_api import (
-    Api,
-    Features,
-    Keys,
-    ServerBusy,
-    check_served,
-    completion,
-    json_object,
-    payload,
-    refuse,
-)
+from miles_spec.rollout.sglang_api import Api, Features, Keys, check_served, json_object
 from miles_spec.rollout.sglang_args import ServerSettings, arguments, installed, refuse_greedy
 from miles_spec.rollout.sglang_process import ServerProcess, environment, start_server
+from miles_spec.rollout.sglang_requests import completion, context_room, payload, post
 from miles_spec.rollout.sglang_session import PushSession
 from miles_spec.sync.wire import Mailbox
 from miles_spec.types import Completion, Request, Role, RunError, TensorMeta
@@ -160,9 +151,9 @@ class SGLangServer:
         process = self._process
         return self.joined or (process is not None and process.status() is None)
 
-    def log_lines(self, count: int = 30) -> str:
+    def log_lines(self) -> str:
         """The end of its log; "" for a joined server."""
-        return self._process.last_lines(count) if self._process is not None else ""
+        return self._process.last_lines() if self._process is not None else ""
 
     def set_draft_depth(self, depth: int) -> None:
         """Restarts the server if it drafts another number of tokens: SGLang cannot change that while it runs.
@@ -218,13 +209,9 @@ class SGLangServer:
         if self._vocab_size is not None and not all(0 <= token < self._vocab_size for token in request.tokens):
             raise ValueError(f"request {request.id!r} has a token id outside 0..{self._vocab_size - 1}")
         features = self._known_features()
-        # SGLang cuts a response at two tokens less, and refuses a prompt at seven less; with a draft it keeps a block
-        context = int(features.info.get("context_length") or self.settings.context_length)
-        room = min(context, int(features.info.get("max_total_num_tokens") or context)) - 2
-        if features.depth:
-            room = min(room, context - features.depth - 1)
+        room, prompt_room = context_room(features, self.settings.context_length)
         prompt, response = len(request.tokens), request.sampling.max_new_tokens
-        if prompt + response > room or prompt > room - 6:
+        if prompt + response > room or prompt > prompt_room:
             raise ValueError(
                 f"request {request.id!r} has {prompt} tokens and asks for {response} more, and server {self.name!r} "
                 f"has room for {room}; lower rollout.max_new_tokens or data.max_prompt_tokens, or raise "
@@ -237,7 +224,7 @@ class SGLangServer:
         Raises `RuntimeError` while it may not generate; aiohttp's errors, with `status` 429 or 503 where the server is
         busy, `ConnectionError` for other failures of the server; `RunError` for an answer that cannot be used.
         `Completion.accepted` is empty, since SGLang does not say which tokens were drafted. For `logprobs` and the
-        counters see `sglang_api`.
+        counters see `sglang_requests`.
         """
         features = self._known_features()
         # not the request's own id: aborting "a1" would also abort "a10"
@@ -250,7 +237,7 @@ class SGLangServer:
             self._running[request.id] = rid
             target, draft, depth = self._versions["target"], self._versions.get("draft", -1), features.depth
         try:
-            text = await self._post(http, "/generate", body)
+            text = await post(http, self.url + "/generate", body, self._keys.header())
         finally:
             with self._lock:
                 self._running.pop(request.id, None)
@@ -269,7 +256,7 @@ class SGLangServer:
             ids = list(self._running) if request_ids is None else request_ids
             rids = [self._running[i] for i in ids if i in self._running]
         for rid in rids:
-            await self._post(http, "/abort_request", {"rid": rid}, admin=True)
+            await post(http, self.url + "/abort_request", {"rid": rid}, self._keys.header(admin=True))
 
     async def probe(self, http: aiohttp.ClientSession) -> bool:
         """Whether it answers and says that it is well, after making a token where it can. Raises aiohttp's errors."""
@@ -299,26 +286,6 @@ class SGLangServer:
                 if time.monotonic() > until_s:
                     raise
             time.sleep(0.1)
-
-    async def _post(
-        self, http: aiohttp.ClientSession, path: str, body: Mapping[str, Any], *, admin: bool = False
-    ) -> str:
-        async with http.post(
-            self.url + path,
-            json=body,
-            headers=self._keys.header(admin=admin),
-            timeout=aiohttp.ClientTimeout(total=None),  # the caller's to decide
-        ) as answer:
-            text = await answer.text()
-            try:
-                refuse(answer.status, text, self.url + path)
-            except ServerBusy as busy:
-                if busy.status not in (429, 503):
-                    raise
-                raise aiohttp.ClientResponseError(
-                    answer.request_info, answer.history, status=busy.status, message=str(busy)
-                ) from None
-        return text
 
     # Memory
 
@@ -373,25 +340,16 @@ class SGLangServer:
         self._told[role] = metas
         self._open(role, -1)
         assert self._session is not None
-        tensors = [[name, meta.dtype, list(meta.shape)] for name, meta in metas.items()]
         try:
-            answers = self._session.ask({"do": "learn", "tensors": tensors}, self._start_timeout_s)
+            served = self._session.learn(metas, self._start_timeout_s)
         except (ConnectionError, TimeoutError) as error:
             raise RunError(f"server {self.name!r} did not learn its {role}: {error}") from error
+        except RunError as error:
+            raise RunError(f"server {self.name!r} cannot take the {role}: {error}") from None
         finally:
             self._close()
-        faults = [
-            fault
-            for answer in answers
-            for fault in ([answer["fault"]] if "fault" in answer else answer.get("faults", []))
-        ]
-        if faults:
-            raise RunError(f"server {self.name!r} cannot take the {role}: " + "; ".join(dict.fromkeys(faults)))
-        served = answers[0]["served"]
         with self._lock:
-            self._manifest[role] = {
-                name: TensorMeta(shape=tuple(shape), dtype=dtype) for name, (dtype, shape) in served.items()
-            }
+            self._manifest[role] = served
 
     def begin_update(self, version: int, roles: Sequence[Role]) -> None:
         """Opens a session of one role, which serves nothing until the session ends well.
@@ -430,14 +388,14 @@ class SGLangServer:
         try:
             if self._broken:
                 raise ConnectionError(f"server {self.name!r} broke off the session at {self._broken}")
-            answers = session.ask({"do": "digest"})
-            if fault := next((answer["fault"] for answer in answers if "fault" in answer), None):
-                raise RunError(f"server {self.name!r} cannot say what it serves: {fault}")
+            digests = session.digests()
+        except RunError as error:
+            raise RunError(f"server {self.name!r} cannot say what it serves: {error}") from None
         finally:
             self._close()
         with self._lock:
             self._versions[role] = version
-        return {role: _agreed([answer["digests"] for answer in answers])}
+        return {role: digests}
 
     def _open(self, role: Role, version: int) -> None:
         features = self._known_features()
@@ -509,14 +467,3 @@ class SGLangServer:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))  # sends nothing, and chooses the address
             return str(probe.getsockname()[0])
-
-
-def _agreed(by_rank: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """One digest for each tensor; where the ranks differ, what each of them says."""
-    names = dict.fromkeys(name for digests in by_rank for name in digests)
-    merged = {}
-    for name in names:
-        said = [digests.get(name, "nothing") for digests in by_rank]
-        same = len(set(said)) == 1
-        merged[name] = said[0] if same else ", ".join(f"rank {i}: {digest}" for i, digest in enumerate(said))
-    return merged

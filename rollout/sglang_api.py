@@ -1,4 +1,4 @@
-"""SGLang over HTTP: keys, endpoints, what a server can do, and its answers as `Completion`s.
+"""SGLang over HTTP: keys, control calls, and what a server can do.
 
 Invariant: what a server does not say is an error that names it, never a guess.
 
@@ -7,15 +7,7 @@ Read in SGLang 0.5.17 and 0.5.21:
 - With both keys set, generation, `/model_info` and `/openapi.json` want the API key, and whatever changes a server
   (weights, memory, cache, pause, abort) wants the admin key; `/health` wants none. `/server_info` wants the API key,
   and the admin key on servers that `miles_spec.rollout.launch` started, because it returns both keys.
-- `output_token_logprobs` are log-softmax of the logits over the temperature, before top-k and top-p, both on the plain
-  path (`layers/sampler.py`) and on the speculative one (`compute_spec_v2_logprobs`); at temperature 0 they are those at
-  temperature 1. That is what `Completion.logprobs` asks for, so nothing is corrected. The environment variable
-  SGLANG_RETURN_ORIGINAL_LOGPROB changes both; `sglang_args.check` refuses it.
-- The counters stand in `meta_info` only of a request that took part in a verify step.
-  `spec_correct_drafts_histogram[i]` is the number of verify steps with `i` accepted drafts; like
-  `spec_num_correct_drafts` it includes drafts that were cut off behind the response's end, see `counts`.
 - `/abort_request` aborts every request whose id *starts* with the id given.
-- `sampling_seed` is taken always and used only by a server with `enable_deterministic_inference`.
 """
 
 from __future__ import annotations
@@ -26,13 +18,13 @@ import os
 import secrets
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from miles_spec.rollout.launch import ADMIN_KEY, API_KEY
 from miles_spec.rollout.sglang_args import LOADER, OLDEST, version_of
-from miles_spec.types import Completion, Finish, Request, RunError, SpecCounts, VersionSpan
+from miles_spec.types import RunError
 
 # a proxy from the environment must not see the keys, and knows no loopback address
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -82,6 +74,7 @@ class Features:
     depth: int
     """Drafted tokens per block; 0 without speculation."""
     device: str
+    """SGLang's own name of its kind, such as `cuda`."""
     info: Mapping[str, Any] = field(repr=False)
     """All of `/server_info`, without the keys."""
 
@@ -197,125 +190,6 @@ def check_served(features: Features) -> None:
             raise RunError(
                 f"this server has {key} {info[key]} and must have {need:g}, or it is not exact or not counted"
             )
-
-
-def payload(request: Request, rid: str, *, eos: Sequence[int] = ()) -> dict[str, Any]:
-    """The body of `/generate`; `eos` are the run's end-of-sequence tokens, `rid` names the request at the server.
-
-    Raises `ValueError` for what SGLang cannot do as asked.
-    """
-    sampling = request.sampling
-    if sampling.ignore_eos and sampling.stop_token_ids:
-        raise ValueError(
-            f"request {request.id!r} ignores end-of-sequence tokens and has stop tokens, which SGLang would ignore too"
-        )
-    return {
-        "rid": rid,
-        "input_ids": list(request.tokens),
-        "stream": False,
-        "return_logprob": True,
-        "logprob_start_len": -1,  # of the response alone
-        "sampling_params": {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
-            "max_new_tokens": sampling.max_new_tokens,
-            "stop": list(sampling.stop),
-            "stop_token_ids": [] if sampling.ignore_eos else sorted({*sampling.stop_token_ids, *eos}),
-            "ignore_eos": sampling.ignore_eos,
-            "no_stop_trim": True,
-            "skip_special_tokens": True,  # of the text alone; a stop string may hold one
-            "sampling_seed": request.seed & (1 << 63) - 1,
-        },
-    }
-
-
-def completion(
-    request: Request, answer: Mapping[str, Any], *, depth: int, version: str, target: int, draft: int | None
-) -> Completion:
-    """SGLang's answer to `/generate` as a `Completion`; `depth` is how deep the server drafts, `version` SGLang's, and
-    `target` and `draft` those of the weights.
-
-    Raises `RunError` for an answer that lacks something or does not agree with itself.
-    """
-
-    def need(source: Mapping[str, Any], key: str) -> Any:
-        if key not in source:
-            raise RunError(
-                f"the answer of SGLang {version} to request {request.id!r} has no {key!r}; "
-                "it cannot be trained on, so use a version whose answers have it (0.5.17 and 0.5.21 are known to)"
-            )
-        return source[key]
-
-    meta = need(answer, "meta_info")
-    tokens = tuple(map(int, need(answer, "output_ids")))
-    finish = _finish(need(meta, "finish_reason"), version)
-    entries = need(meta, "output_token_logprobs")
-    if tuple(int(entry[1]) for entry in entries) != tokens:
-        raise RunError(
-            f"SGLang {version} returned {len(entries)} log-probabilities for {len(tokens)} tokens of request "
-            f"{request.id!r}, or of other tokens"
-        )
-    # no counters: nothing was verified, since the first token comes from the prefill and an abort may come any time
-    plain = not depth or len(tokens) <= 1 or (finish == "abort" and "spec_verify_ct" not in meta)
-    spec = (
-        SpecCounts()
-        if plain
-        else counts(
-            verify_steps=int(need(meta, "spec_verify_ct")),
-            correct=int(need(meta, "spec_num_correct_drafts")),
-            histogram=tuple(map(int, need(meta, "spec_correct_drafts_histogram"))),
-            tokens=len(tokens),
-            prefills=1 + int(need(meta, "num_retractions")),
-            depth=depth,
-        )
-    )
-    return Completion(
-        request_id=request.id,
-        tokens=tokens,
-        logprobs=tuple(float(entry[0]) for entry in entries),
-        accepted=(),
-        versions=(VersionSpan(start=0, end=len(tokens), target=target, draft=draft if spec.verify_steps else None),),
-        spec=spec,
-        finish=finish,
-        text=str(need(answer, "text")),
-    )
-
-
-def counts(
-    *, verify_steps: int, correct: int, histogram: Sequence[int], tokens: int, prefills: int, depth: int
-) -> SpecCounts:
-    """SGLang's counters as `SpecCounts`; `histogram[i]` are verify steps with `i` accepted drafts.
-
-    Each prefill and each verify step brings one token beside the accepted drafts. What that comes to beyond `tokens`
-    was cut off behind the response's end, in the last step, and is taken away here. The total is exact; which depth it
-    is taken from is not known (the deepest that fits).
-
-    Raises `RunError` if the counters contradict each other.
-    """
-    if (
-        sum(histogram) != verify_steps
-        or sum(i * n for i, n in enumerate(histogram)) != correct
-        or any(n for n in histogram[depth + 1 :])
-    ):
-        raise RunError(
-            f"SGLang counts {verify_steps} verify steps and {correct} accepted drafts, but by step {list(histogram)} "
-            f"at depth {depth}; these contradict each other"
-        )
-    accepted = [sum(histogram[i + 1 :]) for i in range(depth)]
-    cut = prefills + verify_steps + correct - tokens
-    if cut > 1:  # the first of them is the step's own token, the others are drafts
-        last = max((i for i, n in enumerate(histogram) if n and i >= cut), default=0)
-        for i in range(last + 1 - cut, last):
-            accepted[i] -= 1
-    return SpecCounts(verify_steps=verify_steps, drafted=(verify_steps,) * depth, accepted=tuple(accepted))
-
-
-def _finish(reason: Any, version: str) -> Finish:
-    kind = reason.get("type") if isinstance(reason, Mapping) else reason
-    if kind in ("stop", "length", "abort"):
-        return kind
-    raise RunError(f"SGLang {version} ended a request for a reason that is not known: {reason}")
 
 
 def json_object(text: str, what: str) -> dict[str, Any]:

@@ -25,6 +25,10 @@ OLDEST = (0, 5, 17)
 """The oldest version whose counters and endpoints are known here."""
 SPARE = 8
 """Tokens of the context that SGLang keeps for itself."""
+PREFILL_GRAPHS = "cuda_graph_backend_prefill"
+"""Is "disabled" unless `[sglang]` says otherwise: CUDA graphs of prefills, dozens for the target and as many for the
+draft, keep no hold of the memory that the attention between their parts reads (SGLang's pull request 37448), SGLang
+refuses them beside graphs whose memory is released, they lengthen every start, and rollouts spend little time there."""
 GREEDY_PLATFORMS = ("cpu", "hip", "npu", "xpu")
 """Where SGLang verifies drafted tokens greedily whatever the temperature, so that sampling would not be exact."""
 
@@ -162,10 +166,14 @@ def _ask(asked: Sequence[str], environment: Mapping[str, str], timeout_s: float)
     )
 
 
+def with_underscores(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table `[sglang]` by the names of SGLang's settings, whose options have hyphens."""
+    return {name.replace("-", "_"): value for name, value in table.items()}
+
+
 def check(settings: ServerSettings) -> None:
     """Raises `ValueError` for an entry of `[sglang]` that is not the user's to set, or that would be lossy."""
-    for name, value in settings.extra.items():
-        name = name.replace("-", "_")
+    for name, value in with_underscores(settings.extra).items():
         if name in _OURS:
             raise ValueError(f"sglang.{name} cannot be set: {_OURS[name]}")
         if name in _ONLY_ONE and value != 1:
@@ -219,11 +227,12 @@ def arguments(settings: ServerSettings, depth: int, known: Installed, *, host: s
     if settings.release:
         wanted |= {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
         if depth:
-            # without it only the target is kept, and the draft's rotary tables, which no push carries, come back as
-            # whatever lay there
+            # SGLang restores the target's buffers itself; the draft's rotary tables, which no push carries, come back
+            # as whatever lies there unless its memory is kept
             wanted["enable_draft_weights_cpu_backup"] = True
-    for name, value in settings.extra.items():
-        name = name.replace("-", "_")
+    if PREFILL_GRAPHS in known.flags:
+        wanted[PREFILL_GRAPHS] = "disabled"
+    for name, value in with_underscores(settings.extra).items():
         if depth or not name.startswith("speculative_"):
             wanted[name] = value
     return [text for name, value in wanted.items() for text in _option(name, value, known)]

@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ from miles_spec.types import RunError
 
 log = logging.getLogger(__name__)
 
+LAUNCH = (sys.executable, "-m", "miles_spec.rollout.launch")
+"""The command that starts a server where the run file names none."""
 STARTS = 3
 """Attempts to start when another process took the port meanwhile."""
 _PORT_TAKEN = re.compile(r"address already in use|port \d+ is (not available|already in use)", re.IGNORECASE)
@@ -68,6 +71,12 @@ def free_port(host: str) -> int:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def url_of(host: str, port: int) -> str:
+    """How this machine calls what listens on `host`."""
+    called = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{called}]:{port}" if ":" in called else f"http://{called}:{port}"
 
 
 class ServerProcess:
@@ -153,8 +162,7 @@ def start_server(
     until_s = time.monotonic() + timeout_s
     for attempt in range(1, STARTS + 1):
         port = free_port(host)
-        called = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        url = f"http://[{called}]:{port}" if ":" in called else f"http://{called}:{port}"
+        url = url_of(host, port)
         process = ServerProcess(command(port), variables, keys, path)
         started(process, url)
         fault = _wait(process, url, keys, until_s)

@@ -14,7 +14,7 @@ import contextlib
 import json
 import pickle
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from miles_spec.rollout.sglang_api import Api, Features, refuse
 from miles_spec.rollout.sglang_args import LOADER
 from miles_spec.sync.wire import Connection, Mailbox
-from miles_spec.types import Role, RunError
+from miles_spec.types import Role, RunError, TensorMeta
 
 BELL = "miles_spec"
 """Name of the one tensor."""
@@ -76,11 +76,6 @@ class PushSession:
                 self.close()
             raise
 
-    @property
-    def hellos(self) -> list[Mapping[str, Any]]:
-        """What each rank said of itself."""
-        return [connection.hello for connection in self._connections]
-
     def ask(self, command: Mapping[str, Any], timeout_s: float | None = None) -> list[Mapping[str, Any]]:
         """Has all ranks obey at the same time (a collective needs that); their answers by rank.
 
@@ -91,6 +86,26 @@ class PushSession:
             return [self._connections[0].ask(command, timeout_s)]
         with ThreadPoolExecutor(len(self._connections)) as pool:
             return list(pool.map(lambda connection: connection.ask(command, timeout_s), self._connections))
+
+    def learn(self, metas: Mapping[str, TensorMeta], timeout_s: float) -> dict[str, TensorMeta]:
+        """Has all ranks find the places of tensors; in which shape and dtype each has to be pushed.
+
+        Raises `RunError` with all faults, and as `ask` does.
+        """
+        tensors = [[name, meta.dtype, list(meta.shape)] for name, meta in metas.items()]
+        answers = self.ask({"do": "learn", "tensors": tensors}, timeout_s)
+        if faults := [fault for answer in answers for fault in (_faults(answer) or answer["faults"])]:
+            raise RunError("; ".join(dict.fromkeys(faults)))
+        served = answers[0]["served"]
+        return {name: TensorMeta(shape=tuple(shape), dtype=dtype) for name, (dtype, shape) in served.items()}
+
+    def digests(self) -> dict[str, str]:
+        """The digest of each tensor that is served; one on which the ranks do not agree gets a text that no digest
+        equals. Raises `RunError` with the faults of ranks, and as `ask` does."""
+        answers = self.ask({"do": "digest"})
+        if faults := [fault for answer in answers for fault in _faults(answer)]:
+            raise RunError("; ".join(dict.fromkeys(faults)))
+        return _agreed([answer["digests"] for answer in answers])
 
     def close(self) -> None:
         """Ends the session on the server, also after an error. Raises `RunError`, `ConnectionError` or `TimeoutError`
@@ -143,6 +158,22 @@ class PushSession:
     def _call(self, path: str, body: Mapping[str, Any]) -> None:
         status, text = self._api.call(path, body, admin=True, timeout_s=self._timeout_s)
         _check(status, text, self._api.url + path)
+
+
+def _faults(answer: Mapping[str, Any]) -> list[str]:
+    """What kept a rank from obeying."""
+    return [answer["fault"]] if "fault" in answer else []
+
+
+def _agreed(by_rank: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """One digest for each tensor; where the ranks differ, what each of them says."""
+    names = dict.fromkeys(name for digests in by_rank for name in digests)
+    merged = {}
+    for name in names:
+        said = [digests.get(name, "nothing") for digests in by_rank]
+        same = len(set(said)) == 1
+        merged[name] = said[0] if same else ", ".join(f"rank {i}: {digest}" for i, digest in enumerate(said))
+    return merged
 
 
 def _check(status: int, text: str, what: str) -> None:

@@ -35,13 +35,16 @@ from miles_spec.types import Role
 GROUPS = 2
 """Collective groups kept: all members for the target, and those that draft."""
 
+Key = tuple[tuple[str, int], ...]
+"""Of a group: its members' names and ranks."""
+
 
 class Collective(Remote):
     """Members on other GPUs or machines: the trainer is rank 0 of a group and broadcasts each bucket to all of them.
 
     A group is made at the first session of its members, kept over sessions, and made anew once a member of it was gone.
     A member that fails without leaving the group takes part in the broadcasts that follow and loads nothing of them.
-    When one is gone, nobody's broadcast can be trusted: the others fail too, with `Fault.by` naming it.
+    When one is gone the others fail too, with `Fault.by` naming it.
 
     `host` is the trainer's address as the members see it, `device` where the buffers lie.
     """
@@ -58,9 +61,9 @@ class Collective(Remote):
         assert (backend == "nccl") == (device.type == "cuda"), "nccl broadcasts from GPUs, gloo from CPUs"
         self._backend, self._device, self._host, self._timeout_s = backend, device, host, timeout_s
         self._store: TCPStore | None = None
-        self._groups: dict[tuple[tuple[str, int], ...], tuple[str, Group]] = {}
-        """By its members' names and ranks, the one used last at the end."""
-        self._key: tuple[tuple[str, int], ...] = ()
+        self._groups: dict[Key, tuple[str, Group]] = {}
+        """With their names; the one used last at the end."""
+        self._key: Key = ()
         self._buffers: list[Tensor] = []
 
     def stop(self) -> None:
@@ -163,6 +166,6 @@ class Collective(Remote):
             for name in answers
         }
 
-    def _drop(self, key: tuple[tuple[str, int], ...]) -> None:
+    def _drop(self, key: Key) -> None:
         if key in self._groups:
             self._groups.pop(key)[1].abort()

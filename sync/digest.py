@@ -32,6 +32,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from miles_spec.sync.dtypes import dtype_name
+
 ROW_WORDS = 1 << 16
 """`L`. Part of the format: another value gives other digests. A row's 512 KiB of products stay in a core's cache."""
 
@@ -117,7 +119,7 @@ class Digester:
         """Takes the digest of a dense tensor as it is now. Raises `ValueError` for a name that was added before."""
         if name in self._heads:
             raise ValueError(f"tensor {name!r} comes twice; give every tensor its own name")
-        self._heads[name] = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+        self._heads[name] = f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
         self._sums.setdefault(tensor.device, {})[name] = _row_sums(tensor)
 
     def read(self) -> dict[str, str]:

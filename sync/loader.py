@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from miles_spec.sync.placement import Placement
-from miles_spec.sync.receivers import Receiver, gpu_uuid, open_receiver
+from miles_spec.sync.receivers import Receiver, open_receiver
 from miles_spec.sync.wire import Channel, connect
 from miles_spec.types import TensorMeta
 
@@ -65,11 +65,10 @@ def load(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
 
 
 def _answer(model: nn.Module, bell: Mapping[str, Any]) -> None:
-    rank, world = _rank()
+    rank = _rank()
     session = _Session(model, bell["role"], rank)
     host, port = bell["address"]
-    about = {"world": world, "known": session.known, "device": str(session.device), "uuid": session.uuid}
-    channel, idle_s = connect((host, port), token=bell["token"], session=bell["session"], rank=rank, about=about)
+    channel, idle_s = connect((host, port), token=bell["token"], session=bell["session"], rank=rank)
     try:
         session.obey(channel, idle_s)
     except (ConnectionError, TimeoutError) as error:
@@ -79,32 +78,22 @@ def _answer(model: nn.Module, bell: Mapping[str, Any]) -> None:
         session.close()
 
 
-def _rank() -> tuple[int, int]:
-    """This process's tensor-parallel rank, and of how many."""
+def _rank() -> int:
+    """This process's tensor-parallel rank."""
     if "sglang" not in sys.modules:
-        return 0, 1
-    from sglang.srt.distributed.parallel_state import (
-        get_tensor_model_parallel_rank,
-        get_tensor_model_parallel_world_size,
-    )
+        return 0
+    from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 
-    return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    return get_tensor_model_parallel_rank()
 
 
 class _Session:
     """One role's update, on one rank."""
 
     def __init__(self, model: nn.Module, role: str, rank: int) -> None:
-        self.device = next(model.parameters()).device
-        self.uuid = gpu_uuid(self.device.index) if self.device.type == "cuda" else ""
+        self._device = next(model.parameters()).device
         self._model, self._role, self._rank = model, role, rank
         self._receiver: Receiver | None = None
-
-    @property
-    def known(self) -> int:
-        """Tensors whose places are known and still hold."""
-        placement = _placements.get(self._model)
-        return 0 if placement is None or placement.fault() else len(placement)
 
     def obey(self, channel: Channel, idle_s: float) -> None:
         """Until the end. Raises `ConnectionError` or `TimeoutError` if it does not come."""
@@ -131,7 +120,7 @@ class _Session:
                 return self._learn(command["tensors"])
             case "open":
                 self.close()
-                self._receiver = open_receiver(command["via"], rank=self._rank, device=self.device)
+                self._receiver = open_receiver(command["via"], rank=self._rank, device=self._device)
                 return {}
             case "load":
                 if self._receiver is None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miles_spec.sync.digest import Digester, digest, digests
+from miles_spec.sync.dtypes import dtype_name, dtype_of
 from miles_spec.sync.runs import covers, joined, overlaps, runs_of, touches
 from miles_spec.types import TensorMeta
 
@@ -30,19 +31,6 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of an element to a dtype whose `==` compares bits."""
 
 _FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` for `torch.bfloat16`."""
-    return str(dtype).removeprefix("torch.")
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """`torch.bfloat16` for `bfloat16`. Raises `ValueError` for a name that torch does not know."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype; use torch's names, such as 'bfloat16'")
-    return dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,9 +286,6 @@ class Placement:
                 faults.append(f"served tensor {name!r} is reached by no pushed tensor, or not in all its elements")
         return cls(model, places, faults)
 
-    def __len__(self) -> int:
-        return len(self._places)
-
     def served(self) -> dict[str, TensorMeta]:
         """In which shape and dtype each tensor has to be pushed."""
         return {
@@ -370,17 +355,13 @@ class Placement:
                     then = [read[view] for view, _ in self._places[name].views(name)]
                     self._sliced[name] = read["source " + name], then
 
-    def fault(self) -> str:
-        """Why these places no longer hold, or nothing."""
+    def _still(self) -> nn.Module:
+        """The model. Raises `ValueError` if the places no longer hold."""
         model = self._model()
         if model is None:
-            return "the engine has dropped the model whose places were learned; learn again"
+            raise ValueError("the engine has dropped the model whose places were learned; learn again")
         now = _addresses(model)
         moved = [name for name, address in self._addresses.items() if now.get(name) != address]
-        return f"the engine has moved parameter {moved[0]!r} since its place was learned; learn again" if moved else ""
-
-    def _still(self) -> nn.Module:
-        fault, model = self.fault(), self._model()
-        if fault or model is None:
-            raise ValueError(fault)
+        if moved:
+            raise ValueError(f"the engine has moved parameter {moved[0]!r} since its place was learned; learn again")
         return model

@@ -10,8 +10,8 @@ A transport sends `{"do": "open", "via": ...}` once or more per session and `{"d
 Invariant: when the `with` block is left, nothing reads the trainer's memory any more, so the trainer may overwrite it.
 
 A bucket is flat: tensors in one uint8 buffer, each at an offset that is a multiple of `ALIGN_BYTES`; its table has one
-row `[name, dtype, shape, offset]` per tensor. Runs inside the engine's process, so it imports torch and safetensors
-only.
+row `[name, dtype, shape, offset]` per tensor. Runs inside the engine's process: see CONTRIBUTING.md for what it may
+import.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in torch's `__all__`
 
+from miles_spec.sync.dtypes import dtype_of
 from miles_spec.sync.group import NO_GROUP, Group
 
 ALIGN_BYTES = 256
@@ -69,7 +70,7 @@ def views(flat: Tensor, table: Sequence[Sequence[Any]]) -> Named:
     """The tensors that a bucket's `table` finds in `flat`, without a copy. Raises `ValueError` for one beyond it."""
     named = []
     for name, kind, shape, offset in table:
-        dtype = getattr(torch, kind)
+        dtype = dtype_of(kind)
         end = offset + prod(shape) * dtype.itemsize
         if not 0 <= offset <= end <= flat.numel():
             raise ValueError(f"tensor {name!r} would lie at bytes {offset} to {end} of a bucket of {flat.numel()}")
@@ -156,7 +157,7 @@ class DiskReceiver:
         with safe_open(path, "pt", device=str(self._device)) as file:
             named = [(name, file.get_tensor(name)) for name, *_ in command["table"]]
             for (name, tensor), (_, kind, shape, _) in zip(named, command["table"], strict=True):
-                if tensor.dtype != getattr(torch, kind) or list(tensor.shape) != list(shape):
+                if tensor.dtype != dtype_of(kind) or list(tensor.shape) != list(shape):
                     raise ValueError(
                         f"{path.name} holds {name!r} as {tensor.dtype}{list(tensor.shape)}, not {kind}{shape}"
                     )

@@ -18,12 +18,14 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
 from miles_spec.rollout.engine import Member
 from miles_spec.sync.digest import Digester
+from miles_spec.sync.dtypes import dtype_of
 from miles_spec.sync.transports import Fault, Faults, Transport, aligned_bytes, buckets, each, said
 from miles_spec.types import Receipt, Role, RunError, TensorMeta, WeightUpdate
 
@@ -64,12 +66,6 @@ def _told(receipt: Receipt) -> str:
         f"engine {receipt.engine!r} does not serve the {receipt.role} of version {receipt.version} that was sent: "
         f"{faults}{more}"
     )
-
-
-def _dtype(meta: TensorMeta) -> torch.dtype:
-    dtype = getattr(torch, meta.dtype)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def _shapes(weights: Weights) -> Mapping[str, tuple[int, ...]]:
@@ -261,9 +257,10 @@ class Syncer:
             results = self._attempts(takers, draft, self.draft_attempts, first)
             drafted += results.values()
             for member in takers:
-                self._switch_draft(member, results[member.name])
+                if why := self._switch_draft(member, results[member.name]):
+                    receipts[member.name] = self._broken(member.name, target, Fault(why=why))
             # switching a draft off may take a restart, after which the member serves nothing
-            restarted = [member for member in takers if member.versions()["target"] != target.version]
+            restarted = [m for m in takers if receipts[m.name].verified and m.versions()["target"] != target.version]
             if restarted:
                 receipts |= self._push_target(restarted, target)
         if not any(receipt.verified for receipt in receipts.values()):
@@ -325,7 +322,7 @@ class Syncer:
 
         def cast() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in _tensors(load.weights):
-                tensor = tensor.detach().to(_dtype(manifest[name]))
+                tensor = tensor.detach().to(dtype_of(manifest[name].dtype))
                 if change is not None:
                     tensor = change(tensor)
                 digester.add(name, tensor)
@@ -373,16 +370,17 @@ class Syncer:
 
     def _room_bytes(self, manifest: Mapping[str, TensorMeta]) -> int:
         """What the largest bucket takes."""
-        sizes = [aligned_bytes(torch.Size(meta.shape).numel() * _dtype(meta).itemsize) for meta in manifest.values()]
+        sizes = [aligned_bytes(prod(meta.shape) * dtype_of(meta.dtype).itemsize) for meta in manifest.values()]
         return min(max(self.bucket_bytes, *sizes), sum(sizes))
 
-    def _switch_draft(self, member: Member, receipt: Receipt) -> None:
+    def _switch_draft(self, member: Member, receipt: Receipt) -> str:
+        """Drafting on or off, as the draft's receipt says; why the member has left over that, "" if it has not."""
         if receipt.verified:
             depth = self._depths.pop(member.name, None)
             if depth is not None and member.draft_depth != depth:
                 member.set_draft_depth(depth)
                 log.warning("engine %r drafts again, with version %d of the draft", member.name, receipt.version)
-            return
+            return ""
         if self.drafting(member):
             self._depths[member.name] = member.draft_depth
             log.warning(
@@ -394,8 +392,14 @@ class Syncer:
                 "; ".join(receipt.mismatched[:3]) or "no tensor to compare",
             )
         if not member.draft_depth:
-            return
+            return ""
         try:
             member.set_draft_depth(0)
         except ValueError as error:  # a joined server, whose start is not ours
             log.warning("engine %r drafts on with what it has, which costs speed only: %s", member.name, error)
+        except RunError as error:
+            why = f"it did not start again without its draft: {error}"
+            log.warning("engine %r leaves: %s", member.name, why)
+            member.leave(why)
+            return why
+        return ""

@@ -1,8 +1,8 @@
 """How weights reach engines: in buckets of a set size, each sent to all members of a session at once.
 
 A member within this process takes tensors as they are (`InProcess`). A remote one is told where they lie: in memory
-that both see (`Ipc`), in a file (`Disk`), or in what is broadcast next (`Collective`, in `collective.py`). Its half is in
-`receivers.py`.
+that both see (`Ipc`), in a file (`Disk`), or in what is broadcast next (`Collective`, in `sync/collective.py`).
+`sync/receivers.py` is its half.
 
 Invariant: a bucket's tensors are only read, and need to stay as they are only until `send` returns. What a remote
 member reads stays as it is until that member has answered.
@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miles_spec.rollout.engine import LocalMember, Member, RemoteMember
+from miles_spec.sync.dtypes import dtype_name
 from miles_spec.sync.receivers import ALIGN_BYTES, gpu_uuid, map_file, views
 from miles_spec.types import Role
 
@@ -114,7 +115,7 @@ def table_of(bucket: Bucket) -> tuple[Table, int]:
     """Where each tensor of a bucket lies in its flat form, and that form's bytes."""
     table, offset = [], 0
     for name, tensor in bucket:
-        table.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset))
+        table.append((name, dtype_name(tensor.dtype), list(tensor.shape), offset))
         offset += aligned_bytes(tensor.nbytes)
     return table, offset
 

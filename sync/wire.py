@@ -123,23 +123,20 @@ class Channel:
 class Connection:
     """The trainer's end of a connection to one rank of an engine."""
 
-    def __init__(self, channel: Channel, hello: Frame) -> None:
-        self._channel = channel
-        self.hello = hello
-        """What the loader said of itself, without the token: `session`, `rank`, `world`, `known`, `device`, `uuid`."""
-
-    @property
-    def rank(self) -> int:
-        """The tensor-parallel rank."""
-        return int(self.hello["rank"])
+    def __init__(self, channel: Channel, rank: int) -> None:
+        self._channel, self._rank = channel, rank
 
     def ask(self, command: Mapping[str, Any], timeout_s: float) -> Frame:
         """Sends one command and returns its answer: `{"ok": true, ...}` or `{"fault": sentence}`.
 
-        Raises `ConnectionError` if the other side is gone and `TimeoutError` if it is late; both close the connection.
+        Raises `ConnectionError` if the other side is gone and `TimeoutError` if it is late; both name the
+        tensor-parallel rank and close the connection.
         """
-        self._channel.send(command, timeout_s)
-        return self._channel.receive(timeout_s)
+        try:
+            self._channel.send(command, timeout_s)
+            return self._channel.receive(timeout_s)
+        except (ConnectionError, TimeoutError) as error:
+            raise type(error)(f"rank {self._rank}: {error}") from error
 
     def close(self) -> None:
         """Ends the session for this rank, at any time and from any thread."""
@@ -241,7 +238,7 @@ class Mailbox:
                 with self._changed:
                     ranks = self._waiting.setdefault(session, {})
                     if not self._closed and session not in self._over and rank not in ranks:
-                        ranks[rank] = Connection(channel, hello)
+                        ranks[rank] = Connection(channel, rank)
                         self._changed.notify_all()
                         return
         except (OSError, ValueError, TypeError, KeyError):
@@ -251,10 +248,8 @@ class Mailbox:
             self.refused += 1
 
 
-def connect(
-    address: tuple[str, int], *, token: str, session: int, rank: int, about: Mapping[str, Any]
-) -> tuple[Channel, float]:
-    """The loader's end: connects and says hello; `about` is the rest of the hello.
+def connect(address: tuple[str, int], *, token: str, session: int, rank: int) -> tuple[Channel, float]:
+    """The loader's end: connects and says hello.
 
     Returns the channel, and for how many seconds to wait for a command. Raises `ConnectionError` or `TimeoutError`.
     """
@@ -264,7 +259,7 @@ def connect(
         raise TimeoutError(f"{address[0]}:{address[1]} took no connection within {HELLO_S:g} s") from None
     except OSError as error:
         raise ConnectionError(f"{address[0]}:{address[1]} took no connection: {error}") from error
-    channel.send({**about, "token": token, "session": session, "rank": rank}, HELLO_S)
+    channel.send({"token": token, "session": session, "rank": rank}, HELLO_S)
     try:
         return channel, float(channel.receive(HELLO_S)["idle_s"])
     except (ConnectionError, KeyError):

@@ -250,13 +250,10 @@ class FakeLoader:
     def __call__(self, rank: int, bell: dict[str, Any]) -> None:
         from miles_spec.sync.wire import connect
 
-        about = {"world": 1 + max(self.other_digests, default=0), "known": 0, "device": "cpu", "uuid": ""}
         host, port = bell["address"]
         self.open += 1
         try:
-            channel, idle_s = connect(
-                (host, port), token=bell["token"], session=bell["session"], rank=rank, about=about
-            )
+            channel, idle_s = connect((host, port), token=bell["token"], session=bell["session"], rank=rank)
             try:
                 while self.answer(channel, idle_s, rank, bell["role"]):
                     pass

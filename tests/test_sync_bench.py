@@ -137,7 +137,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(sync_bench, "versions", lambda: {"sglang": "0.5.21"})
-    monkeypatch.setattr(loader, "_rank", lambda: (0, 1))
+    monkeypatch.setattr(loader, "_rank", lambda: 0)
 
 
 def without_a_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,18 @@ def test_the_users_table_comes_on_top() -> None:
     assert argv.count("--random-seed") == 1 and "--disable-radix-cache" in argv and "--no-enable-x" in argv
 
 
+def test_prefill_graphs_are_off_unless_the_user_wants_them() -> None:
+    flag = "--cuda-graph-backend-prefill"
+    flags = {**fake_sglang.FLAGS, "cuda_graph_backend_prefill": {"options": [flag], "takes": "value"}}
+    known = replace(KNOWN, flags=flags)
+    for depth in (0, 2):
+        assert value(made(DRAFTING, depth, known), flag) == "disabled"
+    argv = made(replace(SETTINGS, extra={"cuda-graph-backend-prefill": "breakable"}), known=known)
+    assert value(argv, flag) == "breakable" and argv.count(flag) == 1
+    lacking = {k: v for k, v in fake_sglang.FLAGS.items() if k != "cuda_graph_backend_prefill"}
+    assert flag not in made(SETTINGS, known=replace(KNOWN, flags=lacking))
+
+
 def test_the_users_speculative_settings_wait_for_a_draft() -> None:
     settings = replace(DRAFTING, extra={"speculative_eagle_topk": 1})
     assert "--speculative-eagle-topk" not in made(settings, 0) and "--speculative-eagle-topk" in made(settings, 1)

@@ -94,11 +94,11 @@ class Pair:
 
 def make_pair(vocab_ids: Tensor | None = None) -> Pair:
     """Random, but such that some drafted tokens are accepted: the next token depends mostly on the last one."""
-    torch.manual_seed(0)
+    torch.manual_seed(9)  # none of the greedy responses ends by itself
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=128,  # SGLang pads the shards on a CPU to multiples of 32
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from conftest import tiny_tokenizer
+from miles_spec import loop
+from miles_spec.assemble import Run
 from miles_spec.config import RunConfig
 from miles_spec.loop import train
+from miles_spec.rollout.sglang import SGLangServer
 from miles_spec.settings import load
 
 from .conftest import ARGUMENTS, HERE, PYTHON, make_pair
@@ -66,12 +71,26 @@ def lines(out: Path) -> list[dict[str, object]]:
     return [row for row in rows if "step" in row]
 
 
-def test_a_whole_run(work: Path, tmp_path: Path) -> None:
+def test_a_whole_run_whose_server_is_killed(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two rollouts, while the trainer works: the next rollout waits for the server and pushes to it first."""
+    real, steps = loop.optimize, []
+
+    def optimize(run: Run, groups: object) -> object:
+        steps.append(1)
+        if len(steps) == 2:
+            (server,) = run.engine.members()
+            assert isinstance(server, SGLangServer) and server._process is not None
+            os.killpg(server._process.pid, signal.SIGKILL)
+        return real(run, groups)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "optimize", optimize)
     train(config(work, tmp_path / "run"))
     rows = lines(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [(row["receipts_verified"], row["receipts_failed"]) for row in rows] == [(2, 0), (0, 1), (2, 0)]
+    assert [row["engine_restarts"] for row in rows] == [0, 0, 1]
     for row in rows:
-        assert (row["receipts_verified"], row["receipts_failed"], row["engine_restarts"]) == (2, 0, 0)
+        assert row["samples"] == 4
         assert row["rollout_kl"] < 1e-6 and row["rollout_logprob_diff"] < 1e-3
         assert row["verify_steps"] > 0
     assert [row["target_version"] for row in rows] == [1, 2, 3]

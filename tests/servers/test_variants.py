@@ -44,11 +44,10 @@ def test_two_ranks_take_their_shards(start: Any, pair: Any, sampled: Any, monkey
         assert receipts[0].tensors == len(pair.target())
         same_as_ours(host, sampled(max_new_tokens=12)[:4])
     name = "model.layers.0.mlp.down_proj.weight"
-    flipped = Ipc(CPU)
     deliver = type(host.server).deliver
 
-    def one_rank_reads_something_else(self: Any, command: Any) -> Any:
-        """Swaps two tensors of the same shape in the bucket's table."""
+    def swapped(self: Any, command: Any) -> Any:
+        """Two tensors of the same shape change places in the bucket's table."""
         if command["do"] == "load":
             rows = {row[0]: list(row) for row in command["table"]}
             if name in rows and (other := name.replace("layers.0", "layers.1")) in rows:
@@ -56,10 +55,10 @@ def test_two_ranks_take_their_shards(start: Any, pair: Any, sampled: Any, monkey
                 command = {**command, "table": list(rows.values())}
         return deliver(self, command)
 
-    monkeypatch.setattr(type(host.server), "deliver", one_rank_reads_something_else)
+    monkeypatch.setattr(type(host.server), "deliver", swapped)
     host.syncer.bucket_bytes = 1 << 20
     with pytest.raises(TargetSyncError, match=name):
-        host.push(transport=flipped)
+        host.push(transport=Ipc(CPU))
     monkeypatch.undo()
     assert all(receipt.verified for receipt in host.push())
     host.server.stop()

@@ -133,19 +133,11 @@ def learn(connection: Connection, tensors: list[list[Any]] = TENSORS) -> dict[st
 
 def test_whole_sessions(trainer: Trainer) -> None:
     model = Served()
-    for known in (0, 3):
+    for version in (0, 1):
         connection = trainer.open(model)
-        assert connection.hello | {"session": 0} == {
-            "session": 0,
-            "rank": 0,
-            "world": 1,
-            "known": known,
-            "device": "cpu",
-            "uuid": "",
-        }
-        if not known:
+        if not version:
             learn(connection)
-        sent = weights(known)
+        sent = weights(version)
         assert trainer.push(connection, sent) == digests(sent.items())
         trainer.end(connection)
     assert torch.equal(model.fused[3:], sent["b"])
@@ -194,7 +186,6 @@ def test_a_draft_of_an_engine_that_rings_twice(trainer: Trainer) -> None:
     assert trainer.mailbox.refused == refused  # the target's model has not even connected
     assert torch.equal(target.fused[:3], weights(1)["a"]) and torch.equal(target.head, weights(1)["head.weight"])
     connection = trainer.open(target)
-    assert connection.hello["known"] == 3
     assert connection.ask({"do": "digest"}, WAIT_S)["digests"] == digests(weights(1).items())
     trainer.end(connection)
 
@@ -262,9 +253,6 @@ def test_every_fault_is_a_sentence_and_the_session_goes_on(trainer: Trainer) -> 
     model.fused.data = model.fused.data.clone()
     assert "has moved parameter 'fused'" in fault(**load)
     assert "has moved parameter 'fused'" in fault(do="digest")
-    trainer.end(connection)
-    connection = trainer.open(model)
-    assert connection.hello["known"] == 0
     trainer.end(connection)
 
 
@@ -353,10 +341,9 @@ def test_a_broken_model_goes_to_the_log(trainer: Trainer, caplog: pytest.LogCapt
         assert "an update of weights failed" in caplog.text
 
 
-def test_rank_and_world_are_asked_of_sglang(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rank_is_asked_of_sglang(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     distributed = types.ModuleType("sglang.srt.distributed.parallel_state")
     distributed.get_tensor_model_parallel_rank = lambda: 1  # type: ignore[attr-defined]
-    distributed.get_tensor_model_parallel_world_size = lambda: 2  # type: ignore[attr-defined]
     for name in ("sglang", "sglang.srt", "sglang.srt.distributed"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, distributed.__name__, distributed)
@@ -365,18 +352,15 @@ def test_rank_and_world_are_asked_of_sglang(trainer: Trainer, monkeypatch: pytes
         trainer.mailbox.expect(session, 2, 1.0)
     trainer.join()
     session = trainer.ring(Served())
-    channel, _ = connect(
-        trainer.mailbox.address, token=trainer.mailbox.token, session=session, rank=0, about={"world": 2}
-    )
-    first, second = trainer.mailbox.expect(session, 2, WAIT_S)
-    assert (first.rank, second.rank, second.hello["world"]) == (0, 1, 2)
+    channel, _ = connect(trainer.mailbox.address, token=trainer.mailbox.token, session=session, rank=0)
+    _, second = trainer.mailbox.expect(session, 2, WAIT_S)
     channel.close()
     trainer.end(second)
 
 
 def test_it_needs_no_sglang() -> None:
     assert "sglang" not in sys.modules
-    assert loader._rank() == (0, 1)
+    assert loader._rank() == 0
 
 
 def test_the_log_says_which_command_failed(trainer: Trainer, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from fakes import FakeEngine, flip_bit
 from miles_spec.rollout.engine import Engine, LocalMember
 from miles_spec.sync.session import Gathered, Syncer, TargetSyncError, compare
 from miles_spec.sync.transports import Fault, InProcess
-from miles_spec.types import Role, WeightUpdate
+from miles_spec.types import Role, RunError, WeightUpdate
 
 Named = dict[str, torch.Tensor]
 
@@ -389,6 +389,26 @@ def test_a_member_that_restarts_without_its_draft_gets_the_target_again() -> Non
     b.sessions.clear()
     assert len(push_all(sync, (a, b), weights(3), 3)) == 4
     assert sync.drafting(b) and b.draft_depth == 5 and b.versions() == {"target": 3, "draft": 3}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_member_that_does_not_start_again_without_its_draft_leaves(alone: bool) -> None:
+    a, b = two()
+    b.drop = {"fc"}
+
+    def set_draft_depth(depth: int) -> None:
+        b.served = {"target": -1}  # what was served ended with its process, and so did its manifest
+        b.tensors = {}
+        raise RunError("no GPU left")
+
+    b.set_draft_depth = set_draft_depth  # type: ignore[method-assign]
+    if alone:
+        with pytest.raises(TargetSyncError, match=r"'b' does not serve .* did not start again .* no GPU"):
+            push_all(syncer(), (b,), weights(1))
+    else:
+        receipts = push_all(syncer(), (a, b), weights(1))
+        assert [(r.engine, r.role) for r in receipts if r.verified] == [("a", "target"), ("a", "draft")]
+    assert "no GPU left" in b.left[0]
 
 
 def test_a_restart_whose_target_does_not_verify_leaves() -> None:

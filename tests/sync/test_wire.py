@@ -14,8 +14,6 @@ import pytest
 from miles_spec.sync import wire
 from miles_spec.sync.wire import Channel, Connection, Mailbox, connect
 
-ABOUT = {"world": 1, "known": 0, "device": "cpu", "uuid": ""}
-
 
 @pytest.fixture
 def mailbox() -> Iterator[Mailbox]:
@@ -25,7 +23,7 @@ def mailbox() -> Iterator[Mailbox]:
 
 
 def dial(mailbox: Mailbox, session: int, rank: int = 0, **change: Any) -> tuple[Channel, float]:
-    arguments = {"token": mailbox.token, "session": session, "rank": rank, "about": ABOUT} | change
+    arguments = {"token": mailbox.token, "session": session, "rank": rank} | change
     return connect(mailbox.address, **arguments)
 
 
@@ -64,28 +62,37 @@ def test_commands_are_answered_in_order(mailbox: Mailbox) -> None:
 
 def test_hello_tells_both_sides_what_they_need(mailbox: Mailbox) -> None:
     session = mailbox.new_session()
-    _, idle_s = dial(mailbox, session)
-    [connection] = mailbox.expect(session, 1, 5)
+    channel, idle_s = dial(mailbox, session)
     assert idle_s == 7.5
-    assert connection.hello == {**ABOUT, "session": session, "rank": 0}
+    [connection] = mailbox.expect(session, 1, 5)
+    channel.close()
+    with pytest.raises(ConnectionError, match="rank 0: the other side closed"):
+        connection.ask({}, 5)
 
 
 def test_ranks_are_sorted_whenever_they_come(mailbox: Mailbox) -> None:
     session = mailbox.new_session()
-    kept = [dial(mailbox, session, rank) for rank in (2, 0)]
-    late = threading.Timer(0.2, lambda: kept.append(dial(mailbox, session, 1)))
+
+    def join(rank: int) -> None:
+        channel, _ = dial(mailbox, session, rank)
+        served(channel, lambda _: {"rank": rank})
+
+    join(2)
+    join(0)
+    late = threading.Timer(0.2, join, (1,))
     late.start()
-    assert [c.rank for c in mailbox.expect(session, 3, 5)] == [0, 1, 2]
+    assert [connection.ask({}, 5)["rank"] for connection in mailbox.expect(session, 3, 5)] == [0, 1, 2]
     late.join()
 
 
 def test_sessions_do_not_mix(mailbox: Mailbox) -> None:
     first, second = mailbox.new_session(), mailbox.new_session()
     assert first != second
-    kept = [dial(mailbox, second), dial(mailbox, first)]
-    assert mailbox.expect(first, 1, 5)[0].hello["session"] == first
-    assert mailbox.expect(second, 1, 5)[0].hello["session"] == second
-    assert len(kept) == 2
+    for session in (second, first):
+        channel, _ = dial(mailbox, session)
+        served(channel, lambda _, session=session: {"session": session})  # type: ignore[misc]
+    for session in (first, second):
+        assert mailbox.expect(session, 1, 5)[0].ask({}, 5) == {"session": session}
 
 
 @pytest.mark.parametrize("token", ["", "0" * 64, "ü", None, 5])

@@ -1,0 +1,28 @@
+"""Names of dtypes, as they stand in commands, tables, digests and manifests: torch's, without "torch."."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from miles_spec.types import TensorMeta
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """`torch.bfloat16` for `bfloat16`. Raises `ValueError` for a name that torch does not know."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype; use torch's names, such as 'bfloat16'")
+    return dtype
+
+
+def metas_of(named: Iterable[tuple[str, Tensor]]) -> dict[str, TensorMeta]:
+    """Shape and dtype of every tensor, by name."""
+    return {name: TensorMeta(shape=tuple(t.shape), dtype=dtype_name(t.dtype)) for name, t in named}
