@@ -133,7 +133,12 @@ def test_ctrl_c_before_the_first_step(configure: Configure, rewards: ModuleType,
 
 
 def test_a_second_ctrl_c_within_the_optimizer_saves_no_half_step(
-    configure: Configure, finished: RunConfig, rewards: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configure: Configure,
+    finished: RunConfig,
+    rewards: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     real, updates = torch.optim.AdamW.step, iter(range(1, 99))
 
@@ -144,6 +149,9 @@ def test_a_second_ctrl_c_within_the_optimizer_saves_no_half_step(
             signal.raise_signal(signal.SIGINT)
 
     config = configure(tmp_path, checkpoint__every=4)
+    # as in a terminal: where tests run in the background, the shell has it ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
         with pytest.raises(KeyboardInterrupt):
