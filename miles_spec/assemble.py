@@ -79,12 +79,12 @@ class Run:
 
     def weights(self) -> Weights:
         """What the engine is to serve: the trainer's weights."""
-        drafting = self.trainer.draft is not None
+        draft = self.trainer.draft
         return Weights(
             version=self.trainer.version,
             target=dict(self.trainer.weights("target")),
-            draft_version=self.trainer.draft_version if drafting else None,
-            draft=self.draft_weights(self.trainer.draft.draft) if self.trainer.draft is not None else None,
+            draft_version=None if draft is None else self.trainer.draft_version,
+            draft=None if draft is None else self.draft_weights(draft.draft),
         )
 
     def draft_weights(self, draft: DraftHead) -> dict[str, Tensor]:
@@ -100,17 +100,7 @@ class Run:
         There are none where all servers are being started anew: they are sent the weights before they generate.
         """
         members = self.engine.members()
-        if not members:
-            return []
-        now = self.weights()
-        send = self.syncer.self_test if self_test else self.syncer.push
-        return send(
-            members,
-            version=now.version,
-            target=now.target,
-            draft_version=now.draft_version,
-            draft=now.draft,
-        )
+        return self.weights().push(self.syncer, members, self_test=self_test) if members else []
 
     def wake(self) -> None:
         """Gives the engine its memory back after training; a push must follow."""
@@ -178,7 +168,7 @@ def _assemble(
         stack.callback(serving.stop)
         serving.start()
         engine, syncer = serving.fleet, serving.syncer
-        syncer.self_test(engine.members(), version=0, target=_untrained(loaded).target)
+        _untrained(loaded).push(syncer, engine.members(), self_test=True)
     else:
         engine, syncer = _embedded(config, loaded, max_context), Syncer(InProcess())
     draft = cost = None

@@ -125,20 +125,12 @@ def served_modes(run: Run, drafts: Mapping[str, DraftHead]) -> Iterator[Modes]:
     plain = run.serving.beside(config, run.out / "serve-plain")
 
     def drafted(draft: DraftHead) -> Engine:
-        now = run.weights()
-        run.syncer.push(
-            run.engine.members(),
-            version=now.version,
-            target=now.target,
-            draft_version=now.draft_version,
-            draft=run.draft_weights(draft),
-        )
+        replace(run.weights(), draft=run.draft_weights(draft)).push(run.syncer, run.engine.members())
         return run.engine
 
     try:
         plain.start()
-        now = run.weights()
-        plain.syncer.push(plain.fleet.members(), version=now.version, target=now.target)
+        replace(run.weights(), draft_version=None, draft=None).push(plain.syncer, plain.fleet.members())
         yield {PLAIN: lambda: plain.fleet} | {name: partial(drafted, draft) for name, draft in drafts.items()}
     finally:
         plain.stop()

@@ -82,9 +82,7 @@ class Hosted(Serving):
 
     def push(self, servers: Sequence[SGLangServer], *, self_test: bool = False) -> list[Receipt]:
         """Sends both roles. Raises `RunError` if no server then serves the target, verified."""
-        now = self.weights()
-        send = self.syncer.self_test if self_test else self.syncer.push
-        return send(servers, version=now.version, target=now.target, draft_version=now.draft_version, draft=now.draft)
+        return self.weights().push(self.syncer, servers, self_test=self_test)
 
     def members(self) -> list[SGLangServer]:
         """Servers that run; those that died are started again."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from miles_spec.draft.export import TOKEN_MAP, check_served, export, export_targ
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import FAMILIES
 from miles_spec.models import Loaded
+from miles_spec.rollout.engine import Member
 from miles_spec.rollout.fleet import Fleet
 from miles_spec.rollout.sglang import SGLangServer
 from miles_spec.rollout.sglang_api import Keys
@@ -29,7 +30,7 @@ from miles_spec.sync.collective import Collective
 from miles_spec.sync.dtypes import dtype_name, metas_of
 from miles_spec.sync.session import Syncer
 from miles_spec.sync.transports import Disk, Ipc, Transport
-from miles_spec.types import Role
+from miles_spec.types import Receipt, Role
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,17 @@ class Weights:
     draft_version: int | None = None
     draft: Mapping[str, Tensor] | None = None
     """None where they serve no draft yet."""
+
+    def push(self, syncer: Syncer, members: Sequence[Member], *, self_test: bool = False) -> list[Receipt]:
+        """Sends them to `members`; see `Syncer.push`, or with `self_test` `Syncer.self_test`."""
+        send = syncer.self_test if self_test else syncer.push
+        return send(
+            members,
+            version=self.version,
+            target=self.target,
+            draft_version=self.draft_version,
+            draft=self.draft,
+        )
 
 
 class Serving:
@@ -172,13 +184,9 @@ class Serving:
     def _recover(self, server: SGLangServer) -> None:
         """For a server that started again, or whose last push did not verify."""
         now = self.weights()
-        self.syncer.push(
-            [server],
-            version=now.version,
-            target=now.target,
-            draft_version=now.draft_version,
-            draft=now.draft if "draft" in server.versions() else None,
-        )
+        if "draft" not in server.versions():
+            now = replace(now, draft_version=None, draft=None)
+        now.push(self.syncer, [server])
 
 
 def _placed(gpus: tuple[int, ...], engines: int, ranks: int, device: torch.device) -> list[tuple[int, ...]]:
