@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,8 +110,14 @@ class Serving:
             extra=config.sglang,
         )
         keys = keys or Keys.random()
+        server = partial(
+            SGLangServer,
+            eos=loaded.eos_ids,
+            vocab_size=loaded.model.config.vocab_size,
+            start_timeout_s=fleet.start_timeout_s,
+        )
         self._servers = [
-            SGLangServer(
+            server(
                 name=f"server{i}",
                 settings=_with_room(settings, gpus, loaded, fleet.margin_gb) if here in gpus else settings,
                 keys=keys,
@@ -118,23 +125,9 @@ class Serving:
                 launch=fleet.launch or LAUNCH,
                 gpus=gpus,
                 folder=folder,
-                eos=loaded.eos_ids,
-                vocab_size=loaded.model.config.vocab_size,
-                start_timeout_s=fleet.start_timeout_s,
             )
             for i, gpus in enumerate(placed)
-        ] or [
-            SGLangServer(
-                name=url,
-                settings=settings,
-                keys=Keys.of_environment(),
-                join=url,
-                eos=loaded.eos_ids,
-                vocab_size=loaded.model.config.vocab_size,
-                start_timeout_s=fleet.start_timeout_s,
-            )
-            for url in rollout.urls
-        ]
+        ] or [server(name=url, settings=settings, keys=Keys.of_environment(), join=url) for url in rollout.urls]
         self.fleet = Fleet(
             self._servers,
             recover=self._recover,
