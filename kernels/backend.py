@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -55,9 +55,26 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit`; without Triton the function as it is, which nobody then calls."""
-    return kernel if triton is None else triton.jit(kernel)
+@overload
+def jit(kernel: Callable[..., Any]) -> Any: ...
+
+
+@overload
+def jit(*, varying: Sequence[str]) -> Callable[[Callable[..., Any]], Any]: ...
+
+
+def jit(kernel: Callable[..., Any] | None = None, *, varying: Sequence[str] = ()) -> Any:
+    """`triton.jit`; without Triton the function as it is, which nobody then calls.
+
+    `varying` names arguments whose values, or addresses, follow the number of rows. Triton compiles a kernel again for
+    a number that is 1 or a multiple of 16, and for an address that is a multiple of 16: seconds in the middle of a run,
+    whenever a pack has a new kind of size. Of these it does not.
+    """
+    if kernel is None:
+        return partial(jit, varying=varying)
+    if triton is None:
+        return kernel
+    return triton.jit(kernel, do_not_specialize=varying, do_not_specialize_on_alignment=varying)
 
 
 @cache

@@ -149,7 +149,7 @@ def _merge_reference_backward(
 # One program holds a few rows of one key head with all of its query heads: `[BR, BG, BD]`.
 
 
-@jit
+@jit(varying=("rows", "depths"))
 def _merge_kernel(  # type: ignore[no-untyped-def]
     query_ptr,
     key_ptr,
@@ -197,7 +197,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     tl.store(lse_ptr + at_lse, top + tl.log(total), mask=see_heads)
 
 
-@jit
+@jit(varying=("rows", "depths"))
 def _merge_backward_kernel(  # type: ignore[no-untyped-def]
     grad_ptr,
     query_ptr,

@@ -75,7 +75,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         total += a @ b
 
 
-@jit
+@jit(varying=("labels_ptr", "n"))
 def _label_kernel(x_ptr, head_ptr, labels_ptr, out_ptr, n, H, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + tl.minimum(row, n - 1))

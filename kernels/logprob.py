@@ -95,7 +95,7 @@ def _gradient(
 # Triton
 
 
-@jit
+@jit(varying=("labels", "state"))
 def _sweep_kernel(  # type: ignore[no-untyped-def]
     logits, labels, state, columns, first, inverse, STATE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
 ):
@@ -134,7 +134,7 @@ def _sweep_kernel(  # type: ignore[no-untyped-def]
     tl.store(state + 4, (best + first).to(tl.float32))
 
 
-@jit
+@jit(varying=("labels", "top", "mass", "grad"))
 def _gradient_kernel(logits, out, labels, top, mass, grad, columns, first, inverse, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -159,9 +159,9 @@ def _gradient_triton(
     logits: Tensor, out: Tensor, labels: Tensor, top: Tensor, mass: Tensor, grad: Tensor, first: int, inverse: float
 ) -> None:
     rows, columns = logits.shape
-    block = min(GRADIENT_BLOCK, triton.next_power_of_2(columns))
-    _gradient_kernel[rows, triton.cdiv(columns, block)](
-        logits, out, labels, top, mass, grad, columns, first, inverse, BLOCK=block, num_warps=GRADIENT_WARPS
+    # whatever the last tile has: its columns follow the number of rows, and a block of its size would be another kernel
+    _gradient_kernel[rows, triton.cdiv(columns, GRADIENT_BLOCK)](
+        logits, out, labels, top, mass, grad, columns, first, inverse, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS
     )
 
 

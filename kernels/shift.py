@@ -108,7 +108,7 @@ def _row_ahead(t, steps, near, beyond, halo_rows, live, HALO: tl.constexpr):  # 
     return row
 
 
-@jit
+@jit(varying=("size",))
 def _mark_kernel(tokens, loss_mask, rows, out, size, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     entry = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = entry < size
@@ -117,7 +117,7 @@ def _mark_kernel(tokens, loss_mask, rows, out, size, ROWS: tl.constexpr):  # typ
     tl.store(out + entry, token * 2 + tl.load(loss_mask + row, live, other=0), live)
 
 
-@jit
+@jit(varying=("position_out", "teacher", "masks", "size"))
 def _targets_kernel(  # type: ignore[no-untyped-def]
     tokens,
     loss_mask,
@@ -169,7 +169,7 @@ def _targets_kernel(  # type: ignore[no-untyped-def]
         at += size
 
 
-@jit
+@jit(varying=("size",))
 def _shift_kernel(  # type: ignore[no-untyped-def]
     source,
     target,

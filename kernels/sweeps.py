@@ -105,9 +105,9 @@ class Sweeps:
 
     def __init__(self, z: Tensor, t: Tensor, labels: Tensor, *, scale: float, first: int, triton: bool) -> None:
         """`z` `[V, >= n]` of the draft, `t` `[V, m]` of the target, contiguous, one dtype; what lies in columns of `z`
-        beyond `n` is neither used nor changed. Row `i` reads column `i % m` of `t`; for Triton an `m` below `n` must be
-        a multiple of `ALIGN`. `labels` `[n]` int64, below 0 for none here; `scale` is one over the temperature; `first`
-        the id of this rank's first token."""
+        beyond `n` is not used, and `gradient` may make it 0. Row `i` reads column `i % m` of `t`; for Triton an `m`
+        below `n` must be a multiple of `ALIGN`. `labels` `[n]` int64, below 0 for none here; `scale` is one over the
+        temperature; `first` the id of this rank's first token."""
         self.z, self.t, self.labels, self.scale, self.first = z, t, labels, scale, first
         self.border: Tensor | None = None
         """`[n]` float32: target logits below it, before scaling, have no probability; None for no border."""

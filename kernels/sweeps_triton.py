@@ -1,6 +1,7 @@
 """The sweeps of `sweeps` in Triton: tiles of the vocabulary by rows, a program for each part of one and block of other.
 
-Invariant: every kernel writes all of its output, and nothing in columns beyond the rows at hand.
+Invariant: every kernel writes all of its output. Columns beyond the rows at hand reach none of it; the gradient is 0
+there.
 
 Exponents are powers of two, which is what the hardware takes: `scale` brings a logit to that unit. `w` and `u` are the
 columns that the blocks of draft and target have in memory, `n` the rows, `V` the vocabulary, `P` parts of it.
@@ -27,16 +28,19 @@ of matrix products, which are many times slower where rows start at odd addresse
 
 
 @jit
-def _load(z_ptr, t_ptr, ids, cols, t_cols, n, w, u, border, scale, V, BORDER: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load(z_ptr, t_ptr, ids, cols, t_cols, w, u, border, scale, V, BORDER: tl.constexpr):  # type: ignore[no-untyped-def]
     """A tile of both blocks, tempered, in units of log 2. What lies outside weighs nothing, and is finite, so that
-    nothing times its distance is no NaN."""
-    inside = (ids < V)[:, None] & (cols < n)[None, :]
+    nothing times its distance is no NaN.
+
+    Whole rows of memory are read, columns that no row has among them: `w` and `u` are known to be multiples of 16,
+    which `n` is not, and a mask that may end anywhere makes loads of two bytes."""
+    token = (ids < V)[:, None]
     row = ids.to(tl.int64)[:, None]
-    z = tl.load(z_ptr + row * w + cols[None, :], mask=inside, other=-1.0e30).to(tl.float32) * scale
-    t = tl.load(t_ptr + row * u + t_cols[None, :], mask=inside, other=-1.0e30).to(tl.float32)
+    z = tl.load(z_ptr + row * w + cols[None, :], mask=token & (cols < w)[None, :], other=-1.0e30).to(tl.float32) * scale
+    t = tl.load(t_ptr + row * u + t_cols[None, :], mask=token & (t_cols < u)[None, :], other=-1.0e30).to(tl.float32)
     if BORDER:
         t = tl.where(t < border[None, :], -1.0e30, t)
-    return z, t * scale, inside
+    return z, t * scale
 
 
 @jit
@@ -65,7 +69,6 @@ def _sums(  # type: ignore[no-untyped-def]
     ref_t,
     start,
     V,
-    n,
     w,
     u,
     scale,
@@ -82,7 +85,7 @@ def _sums(  # type: ignore[no-untyped-def]
     z_id, t_id = tl.zeros([BLOCK_V, BLOCK_N], tl.int32), tl.zeros([BLOCK_V, BLOCK_N], tl.int32)
     for offset in tl.range(0, tl.minimum(PART, V - start), BLOCK_V, num_stages=STAGES):
         ids = start + offset + tl.arange(0, BLOCK_V)
-        z, t, _ = _load(z_ptr, t_ptr, ids, cols, t_cols, n, w, u, border, scale, V, BORDER)
+        z, t = _load(z_ptr, t_ptr, ids, cols, t_cols, w, u, border, scale, V, BORDER)
         ez = tl.exp2(z - ref_z[None, :])
         et = tl.exp2(t - ref_t[None, :])
         mass_z += ez
@@ -110,7 +113,7 @@ def _sums(  # type: ignore[no-untyped-def]
     )
 
 
-@jit
+@jit(varying=("labels_ptr", "n"))
 def _stats_kernel(  # type: ignore[no-untyped-def]
     z_ptr,
     t_ptr,
@@ -143,7 +146,6 @@ def _stats_kernel(  # type: ignore[no-untyped-def]
         ref_t,
         start,
         V,
-        n,
         w,
         u,
         scale,
@@ -171,7 +173,6 @@ def _stats_kernel(  # type: ignore[no-untyped-def]
             ref_t,
             start,
             V,
-            n,
             w,
             u,
             scale,
@@ -214,7 +215,7 @@ def _stats_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + 15 * n, label_t * scale * ln2, mask=inside)
 
 
-@jit
+@jit(varying=("out_ptr", "ids_ptr", "n", "out_step", "ids_step"))
 def _merge_kernel(parts_ptr, out_ptr, ids_ptr, P, n, out_step, ids_step, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = cols < n
@@ -268,7 +269,7 @@ def _merge_kernel(parts_ptr, out_ptr, ids_ptr, P, n, out_step, ids_step, BLOCK_N
     tl.store(ids_ptr + ids_step + cols, t_id.to(tl.int64), mask=inside)
 
 
-@jit
+@jit(varying=("lse_z_ptr", "lse_t_ptr", "n"))
 def _overlap_kernel(  # type: ignore[no-untyped-def]
     z_ptr,
     t_ptr,
@@ -296,7 +297,7 @@ def _overlap_kernel(  # type: ignore[no-untyped-def]
     moved = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
     for offset in tl.range(0, tl.minimum(PART, V - start), BLOCK_V, num_stages=STAGES):
         ids = start + offset + tl.arange(0, BLOCK_V)
-        z, t, _ = _load(z_ptr, t_ptr, ids, cols, t_cols, n, w, u, border, scale, V, BORDER)
+        z, t = _load(z_ptr, t_ptr, ids, cols, t_cols, w, u, border, scale, V, BORDER)
         q = tl.exp2(z - lse_z[None, :])
         p = tl.exp2(t - lse_t[None, :])
         less = q < p
@@ -307,7 +308,19 @@ def _overlap_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + n, tl.sum(moved, 0), mask=inside)
 
 
-@jit
+@jit(
+    varying=(
+        "labels_ptr",
+        "values_ptr",
+        "ids_ptr",
+        "lse_t_ptr",
+        "summed_ptr",
+        "n",
+        "values_step",
+        "ids_step",
+        "factors_step",
+    )
+)
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     z_ptr,
     t_ptr,
@@ -353,7 +366,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     least = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
     for offset in tl.range(0, tl.minimum(PART, V - start), BLOCK_V, num_stages=STAGES):
         ids = start + offset + tl.arange(0, BLOCK_V)
-        z, t, mask = _load(z_ptr, t_ptr, ids, cols, t_cols, n, w, u, border, scale, V, BORDER)
+        z, t = _load(z_ptr, t_ptr, ids, cols, t_cols, w, u, border, scale, V, BORDER)
         log_q, log_share = z - lse_z[None, :], t - lse_share[None, :]
         q, share = tl.exp2(log_q), tl.exp2(log_share)
         p = share * mass[None, :]
@@ -368,13 +381,14 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
             grad -= tv[None, :] * q * (p - summed[None, :])
         if RULE == 3:
             grad -= tv[None, :] * q * (tl.where(ids[:, None] == best[None, :], 1.0, 0.0) - summed[None, :])
-        row = ids.to(tl.int64)[:, None]
-        tl.store(z_ptr + row * w + cols[None, :], grad.to(z_ptr.dtype.element_ty), mask=mask)
+        at = z_ptr + ids.to(tl.int64)[:, None] * w + cols[None, :]
+        grad = tl.where(inside[None, :], grad, 0.0).to(z_ptr.dtype.element_ty)
+        tl.store(at, grad, mask=(ids < V)[:, None] & (cols < w)[None, :])
     out = out_ptr + tl.program_id(1).to(tl.int64) * n + cols
     tl.store(out, tl.sum(least, 0), mask=inside)
 
 
-@jit
+@jit(varying=("lse_t_ptr", "n"))
 def _mass_kernel(  # type: ignore[no-untyped-def]
     t_ptr,
     border_ptr,
@@ -395,7 +409,7 @@ def _mass_kernel(  # type: ignore[no-untyped-def]
     mass = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
     for offset in tl.range(0, tl.minimum(PART, V - start), BLOCK_V, num_stages=STAGES):
         ids = start + offset + tl.arange(0, BLOCK_V)
-        mask = (ids < V)[:, None] & inside[None, :]
+        mask = (ids < V)[:, None] & (t_cols < u)[None, :]
         t = tl.load(t_ptr + ids.to(tl.int64)[:, None] * u + t_cols[None, :], mask=mask, other=-1.0e30).to(tl.float32)
         mass += tl.where(mask & (t >= border[None, :]), tl.exp2(t * scale - lse_t[None, :]), 0.0)
     tl.store(out_ptr + tl.program_id(1).to(tl.int64) * n + cols, tl.sum(mass, 0), mask=inside)
