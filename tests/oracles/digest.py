@@ -19,11 +19,14 @@ def weight(index: int, stream: int) -> int:
     return mix((index + 1 + (stream << 40)) * 0x9E3779B97F4A7C15 & MASK) | 1
 
 
-def digest(dtype: str, shape: list[int], data: bytes, row_words: int) -> str:
+def digest(dtype: str, shape: list[int], data: bytes, rows: int, columns: int) -> str:
     data += b"\0" * (-len(data) % 4)
     words = struct.unpack(f"<{len(data) // 4}i", data)
-    total = 0
-    for row, start in enumerate(range(0, len(words), row_words)):
-        row_sum = sum(w * weight(j, 0) for j, w in enumerate(words[start : start + row_words])) & MASK
-        total += mix(row_sum) * weight(row, 1)
+    sums: dict[int, int] = {}
+    for i, word in enumerate(words):
+        chunk, at = divmod(i, rows * columns)
+        row, column = divmod(at, columns)
+        place = chunk * columns + column
+        sums[place] = (sums.get(place, 0) + word * weight(row, 0)) & MASK
+    total = sum(mix(column_sum) * weight(place, 1) for place, column_sum in sums.items())
     return f"{dtype}{shape}:{total & MASK:016x}"
