@@ -78,6 +78,20 @@ class RemoteMember(Member, Protocol):
 
 
 @runtime_checkable
+class PushMember(Member, Protocol):
+    """A member that opens something for a session which the next one of the same push can use too."""
+
+    def begin_push(self, roles: Sequence[Role]) -> None:
+        """Sessions of these roles will follow, each any number of times. Does not fail: the first session opens."""
+        ...
+
+    def end_push(self) -> None:
+        """Closes what sessions have left open, so that it may generate. Raises where that fails: it then serves nothing
+        that was verified."""
+        ...
+
+
+@runtime_checkable
 class Engine(Protocol):
     """Generates."""
 

@@ -8,6 +8,7 @@ Safe to use from several threads; `complete`, `probe` and `abort` run in the cal
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -86,9 +87,10 @@ class SGLangServer:
         self._mailbox: Mailbox | None = None
         self._session: PushSession | None = None
         self._opened: tuple[Role, int] | None = None
+        self._push: tuple[Role, ...] = ()
         self._broken = ""
         self._running: dict[str, str] = {}
-        self._released: set[str] = set()
+        self._released = False
         self._had_target = False
         self._manifest: dict[Role, dict[str, TensorMeta]] = {}
         self._told: dict[Role, Mapping[str, TensorMeta]] = {}
@@ -199,7 +201,7 @@ class SGLangServer:
         """Nothing is known of what it serves."""
         with self._lock:
             self._versions = dict.fromkeys(self._versions, -1)
-            self._manifest, self._released, self._had_target = {}, set(), False
+            self._manifest, self._released, self._had_target = {}, False, False
 
     # Generation
 
@@ -289,29 +291,27 @@ class SGLangServer:
 
     # Memory
 
-    def release(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
-        """Gives the GPU memory of `tags` back; weights are kept in the host's. Raises `RuntimeError` while requests run
-        or a session is open."""
+    def release(self) -> None:
+        """Gives the GPU memory of `settings.release` back; weights are kept in the host's. Raises `RuntimeError` while
+        requests run or a session is open."""
         if not self.settings.release:
-            raise ValueError(f"server {self.name!r} cannot release its memory; set fleet.release = true")
+            raise ValueError(f"server {self.name!r} cannot release its memory; set fleet.release")
         with self._lock:
             self._require_idle("release its memory")
             # from here on no request and no probe makes a token
-            tags = [tag for tag in tags if tag not in self._released]
-            self._released |= set(tags)
-        if tags:
-            if self._released == set(tags):
-                self.flush()  # SGLang asserts that nothing runs, a probe's token included
-            self._control("/release_memory_occupation", {"tags": tags})
+            released, self._released = self._released, True
+        if not released:
+            self.flush()  # SGLang asserts that nothing runs, a probe's token included
+            self._control("/release_memory_occupation", {"tags": list(self.settings.release)})
 
-    def wake(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
-        """Takes the GPU memory of `tags` again; weights are what they were."""
+    def wake(self) -> None:
+        """Takes the released memory again; weights are what they were, the cache is empty."""
         with self._lock:
-            tags = [tag for tag in tags if tag in self._released]
-        if tags:
-            self._control("/resume_memory_occupation", {"tags": tags})
+            released = self._released
+        if released:
+            self._control("/resume_memory_occupation", {"tags": list(self.settings.release)})
             with self._lock:
-                self._released -= set(tags)
+                self._released = False
 
     # Weights
 
@@ -338,7 +338,7 @@ class SGLangServer:
         Raises `RunError` with all faults where a tensor has no place, or a served tensor is reached by none.
         """
         self._told[role] = metas
-        self._open(role, -1)
+        self._open(role, -1, ())
         assert self._session is not None
         try:
             served = self._session.learn(metas, self._start_timeout_s)
@@ -351,6 +351,22 @@ class SGLangServer:
         with self._lock:
             self._manifest[role] = served
 
+    def begin_push(self, roles: Sequence[Role]) -> None:
+        """See `PushMember.begin_push`."""
+        assert not self._push, "one push at a time"
+        self._push = tuple(roles)
+
+    def end_push(self) -> None:
+        """See `PushMember.end_push`; it serves nothing then if that failed."""
+        self._push = ()
+        if self._session is not None:
+            try:
+                self._close()
+            except BaseException:
+                with self._lock:
+                    self._versions = dict.fromkeys(self._versions, -1)
+                raise
+
     def begin_update(self, version: int, roles: Sequence[Role]) -> None:
         """Opens a session of one role, which serves nothing until the session ends well.
 
@@ -358,7 +374,7 @@ class SGLangServer:
         `PushSession` does.
         """
         (role,) = roles
-        self._open(role, version)
+        self._open(role, version, self._push)
 
     def deliver(self, command: Mapping[str, Any]) -> Mapping[str, Any]:
         """Has every rank obey `command`; the first rank's answer, or the first fault's.
@@ -377,6 +393,7 @@ class SGLangServer:
 
     def end_update(self) -> Mapping[Role, Mapping[str, str]]:
         """Reads the digests of all that is served of the session's role, and closes the session, also after an error.
+        Within a push that goes well, the loaders go on waiting for the next role.
 
         A tensor on which the ranks do not agree gets a text that no digest equals. Raises `RunError`, `ConnectionError`
         or `TimeoutError` if they cannot be read or the server did not end the session; the role then serves nothing.
@@ -385,22 +402,31 @@ class SGLangServer:
         if session is None or opened is None:
             raise RuntimeError(f"server {self.name!r} has no session open")
         role, version = opened
+        kept = False
         try:
             if self._broken:
                 raise ConnectionError(f"server {self.name!r} broke off the session at {self._broken}")
             digests = session.digests()
+            kept = bool(self._push)
         except RunError as error:
             raise RunError(f"server {self.name!r} cannot say what it serves: {error}") from None
         finally:
-            self._close()
+            if not kept:
+                self._close()
         with self._lock:
+            self._opened = None
             self._versions[role] = version
         return {role: digests}
 
-    def _open(self, role: Role, version: int) -> None:
+    def _open(self, role: Role, version: int, push: Sequence[Role]) -> None:
+        """Rings for a role and, where the session is one of a push, for those that may follow; or goes on with it."""
         features = self._known_features()
         with self._lock:
-            self._require_idle("take weights")
+            session = self._session if push and self._opened is None else None
+            if session is None:
+                self._require_idle("take weights")
+            if self._released:
+                raise RuntimeError(f"server {self.name!r} has released its memory; wake it before a push")
             if role not in self._versions:
                 raise ValueError(f"server {self.name!r} serves no {role}")
             if role == "draft" and not features.selector and not self._had_target:
@@ -412,8 +438,12 @@ class SGLangServer:
             mailbox = self._mailbox
             self._opened, self._broken = (role, version), ""
             self._versions[role] = -1
+        if session is not None:
+            session.role = role
+            return
+        roles = (role, *(other for other in push if other != role))
         try:
-            session = PushSession(Api(self.url, self._keys), features, mailbox, role, self._push_timeout_s)
+            session = PushSession(Api(self.url, self._keys), features, mailbox, roles, self._push_timeout_s)
         except BaseException:
             with self._lock:
                 self._opened = None
@@ -427,9 +457,11 @@ class SGLangServer:
         session = self._session
         assert session is not None
         try:
-            session.close()
-            # without the cache's memory there is nothing in it: its release emptied it
-            if "kv_cache" not in self._released:
+            if session.end():
+                with contextlib.closing(session):
+                    self.flush()  # while SGLang still answers the call that rang
+            else:
+                session.close()
                 self.flush()
         finally:
             with self._lock:
@@ -446,7 +478,7 @@ class SGLangServer:
         return self.features
 
     def _require_serving(self) -> None:
-        if self._opened is not None:
+        if self._opened is not None or self._session is not None:
             raise RuntimeError(f"server {self.name!r} takes weights and generates when that has ended")
         if self._released:
             raise RuntimeError(f"server {self.name!r} has released its memory; wake it first")
@@ -454,7 +486,7 @@ class SGLangServer:
             raise RuntimeError(f"server {self.name!r} serves no verified target; push one first")
 
     def _require_idle(self, to: str) -> None:
-        if self._opened is not None:
+        if self._opened is not None or self._session is not None:
             raise RuntimeError(f"server {self.name!r} cannot {to} while a session is open")
         if self._running:
             raise RuntimeError(f"server {self.name!r} cannot {to} while {len(self._running)} requests run")

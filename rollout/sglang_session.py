@@ -1,10 +1,10 @@
-"""One push session with one server: rings the loaders in its processes and passes commands to all of them.
+"""A push to one server: rings the loaders in its processes and passes commands to all of them.
 
 SGLang is asked to update its weights from one tensor, which holds no weights but says where to connect to; the loader
 (`miles_spec.sync.loader`) that SGLang hands it to obeys commands until "end". The call therefore lasts as long as the
-session, in a thread.
+push, in a thread. Ringing and flushing take longer than a draft's weights, so both roles go by one ring.
 
-Invariant: when `close` has returned, no loader of the session runs and the server may be asked for other things.
+Invariant: when `close` has returned, no loader of the push runs and the server may be asked for other things.
 """
 
 from __future__ import annotations
@@ -47,18 +47,22 @@ def bell(content: Mapping[str, Any]) -> str:
 
 
 class PushSession:
-    """An open session of one role. Its methods are for one thread at a time."""
+    """An open push, of one role at a time. Its methods are for one thread at a time."""
 
-    def __init__(self, api: Api, features: Features, mailbox: Mailbox, role: Role, timeout_s: float) -> None:
-        """Rings and waits for a connection from each rank. Raises `RunError` where the server refuses,
-        `ConnectionError` or `TimeoutError` where a loader does not come; then nothing stays open."""
+    def __init__(self, api: Api, features: Features, mailbox: Mailbox, roles: Sequence[Role], timeout_s: float) -> None:
+        """Rings for the first of `roles`, which the others may follow, and waits for a connection from each rank.
+
+        Raises `RunError` where the server refuses, `ConnectionError` or `TimeoutError` where a loader does not come;
+        then nothing stays open."""
+        self.role = role = roles[0]
+        """What commands are for; may be set between two."""
         self._api = api
         self._selector = features.selector
         self._timeout_s = timeout_s
         self._connections: list[Connection] = []
         self._answer: tuple[int, str] | Exception | None = None
         if self._selector:
-            self._begin(role)
+            self._begin(role if len(roles) == 1 else "all")
         number = mailbox.new_session()
         content = {"address": list(mailbox.address), "token": mailbox.token, "session": number, "role": role}
         body = {
@@ -82,6 +86,7 @@ class PushSession:
         Raises `ConnectionError` if one is gone and `TimeoutError` if one is late.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        command = {**command, "role": self.role}
         if len(self._connections) == 1:
             return [self._connections[0].ask(command, timeout_s)]
         with ThreadPoolExecutor(len(self._connections)) as pool:
@@ -107,13 +112,22 @@ class PushSession:
             raise RunError("; ".join(dict.fromkeys(faults)))
         return _agreed([answer["digests"] for answer in answers])
 
-    def close(self) -> None:
-        """Ends the session on the server, also after an error. Raises `RunError`, `ConnectionError` or `TimeoutError`
-        if the server did not take part until the end."""
+    def end(self) -> bool:
+        """Has the loaders return, whether or not they are in order; whether all of them said that they do."""
+        said = True
         for connection in self._connections:
-            with contextlib.suppress(ConnectionError, TimeoutError):
+            try:
                 connection.ask({"do": "end"}, 10.0)
+            except (ConnectionError, TimeoutError):
+                said = False
             connection.close()
+        self._connections = []
+        return said
+
+    def close(self) -> None:
+        """Ends the push on the server, also after an error. Raises `RunError`, `ConnectionError` or `TimeoutError` if
+        the server did not take part until the end."""
+        self.end()
         self._thread.join(self._timeout_s)
         if self._thread.is_alive():
             raise TimeoutError(f"{self._api.url} did not end the weight update within {self._timeout_s:g} s")
@@ -123,9 +137,9 @@ class PushSession:
             if self._selector:
                 self._call("/end_weight_update", {})
 
-    def _begin(self, role: Role) -> None:
+    def _begin(self, selector: str) -> None:
         """Opens SGLang's own session; one that was broken off and is still open there is ended first."""
-        path, content = "/begin_weight_update", {"selector": role}
+        path, content = "/begin_weight_update", {"selector": selector}
         status, text = self._api.call(path, content, admin=True, timeout_s=self._timeout_s)
         if status == 400 and "already open" in text:
             self._call("/end_weight_update", {})

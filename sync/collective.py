@@ -5,6 +5,7 @@ Invariant: nobody's broadcast is trusted once a rank is gone. Whoever was in it 
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in torch's `__all__`
 
 from miles_spec.rollout.engine import RemoteMember
-from miles_spec.sync.group import GROUP_FAILED, NO_GROUP, Group, make_store
+from miles_spec.sync.group import CUMEM, GROUP_FAILED, NO_GROUP, Group, make_store
 from miles_spec.sync.transports import (
     IN_TURN,
     Answer,
@@ -59,6 +60,8 @@ class Collective(Remote):
     ) -> None:
         super().__init__()
         assert (backend == "nccl") == (device.type == "cuda"), "nccl broadcasts from GPUs, gloo from CPUs"
+        if backend == "nccl":
+            os.environ.setdefault(CUMEM, "0")
         self._backend, self._device, self._host, self._timeout_s = backend, device, host, timeout_s
         self._store: TCPStore | None = None
         self._groups: dict[Key, tuple[str, Group]] = {}
@@ -122,6 +125,7 @@ class Collective(Remote):
             "world": at,
             "bytes": room_bytes,
             "timeout_s": self._timeout_s,
+            "cumem": os.environ.get(CUMEM, ""),
         }
         return each(members, lambda m: m.deliver({"do": "open", "via": {**via, "rank": first[m.name]}}))
 

@@ -33,6 +33,10 @@ GROUP_FAILED = "the collective failed"
 NO_GROUP = "has not joined the collective"
 """In the fault of a rank that is asked to go on with a group that it does not know, as after a restart."""
 
+CUMEM = "NCCL_CUMEM_ENABLE"
+"""How NCCL allocates. SGLang sets it to 0 in its processes unless it is set, and ranks that differ in it wait for each
+other for ever."""
+
 POLL_S = 2e-4
 """Between looks at a broadcast that runs."""
 

@@ -19,6 +19,9 @@ for longer than the time it named in its greeting. A fault goes to the trainer, 
 
 Up to 0.5.17 SGLang rings for a draft's update in the draft's model and then in the target's. So the model of a session
 of the target is remembered, and rung at for the draft it does nothing; the first session has to be the target's.
+
+Both models are remembered, so that one ring is enough for a push of both roles: a command may name the `role` that it
+and those after it are for.
 """
 
 from __future__ import annotations
@@ -43,30 +46,25 @@ log = logging.getLogger(__name__)
 _placements: weakref.WeakKeyDictionary[nn.Module, Placement] = weakref.WeakKeyDictionary()
 """What was learned, by the model; outlives sessions."""
 
-_targets: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""The model of the last session of the target, while it lives."""
+_models: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
+"""The model that was last rung at for each role, while it lives."""
 
 
 def load(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Answers the doorbell in `named_tensors` with a whole session, and returns when that has ended."""
     try:
         bell = json.loads(bytes(named_tensors[0][1].cpu().tolist()))
-        if bell["role"] == "draft" and model in _targets:
+        if bell["role"] == "draft" and model is _models.get("target"):
             return
-        if bell["role"] == "target":
-            _targets.clear()
-            _targets.add(model)
-        # parameters that were made in inference mode can be written only within it
-        inference = any(parameter.is_inference() for parameter in model.parameters())
-        with torch.inference_mode() if inference else torch.no_grad():
-            _answer(model, bell)
+        _models[bell["role"]] = model
+        _answer(bell)
     except Exception:
         log.exception("miles-spec: an update of weights failed")
 
 
-def _answer(model: nn.Module, bell: Mapping[str, Any]) -> None:
+def _answer(bell: Mapping[str, Any]) -> None:
     rank = _rank()
-    session = _Session(model, bell["role"], rank)
+    session = _Session(bell["role"], rank)
     host, port = bell["address"]
     channel, idle_s = connect((host, port), token=bell["token"], session=bell["session"], rank=rank)
     try:
@@ -88,12 +86,22 @@ def _rank() -> int:
 
 
 class _Session:
-    """One role's update, on one rank."""
+    """An update of one role after the other, on one rank."""
 
-    def __init__(self, model: nn.Module, role: str, rank: int) -> None:
-        self._device = next(model.parameters()).device
-        self._model, self._role, self._rank = model, role, rank
+    def __init__(self, role: str, rank: int) -> None:
+        self._rank = rank
         self._receiver: Receiver | None = None
+        self._turn(role)
+
+    def _turn(self, role: str) -> None:
+        """To that role's model. Raises `ValueError` for one that was never rung at, and stays."""
+        model = _models.get(role)
+        if model is None:
+            raise ValueError(f"the {role}'s model is not known; ring for it first")
+        device = next(model.parameters()).device
+        # parameters that were made in inference mode can be written only within it
+        inference = any(parameter.is_inference() for parameter in model.parameters())
+        self._model, self._role, self._device, self._inference = model, role, device, inference
 
     def obey(self, channel: Channel, idle_s: float) -> None:
         """Until the end. Raises `ConnectionError` or `TimeoutError` if it does not come."""
@@ -102,7 +110,10 @@ class _Session:
             command = channel.receive(idle_s)
             ended = command.get("do") == "end"
             try:
-                answer = {"ok": True, **self._do(command)}
+                if (role := command.get("role", self._role)) != self._role:
+                    self._turn(role)
+                with torch.inference_mode() if self._inference else torch.no_grad():
+                    answer = {"ok": True, **self._do(command)}
             except Exception as error:
                 log.warning("miles-spec: the %s's %s failed", self._role, command.get("do"), exc_info=True)
                 answer = {"fault": _sentence(error)}
@@ -119,8 +130,8 @@ class _Session:
             case "learn":
                 return self._learn(command["tensors"])
             case "open":
-                self.close()
-                self._receiver = open_receiver(command["via"], rank=self._rank, device=self._device)
+                before, self._receiver = self._receiver, None
+                self._receiver = open_receiver(command["via"], rank=self._rank, device=self._device, before=before)
                 return {}
             case "load":
                 if self._receiver is None:
@@ -141,7 +152,7 @@ class _Session:
     def _learn(self, tensors: Sequence[Sequence[Any]]) -> Mapping[str, Any]:
         owner = None
         if self._role == "draft":
-            owner = next(iter(_targets), None)
+            owner = _models.get("target")
             if owner is None:
                 raise ValueError("the draft's places cannot be learned before a session of the target")
         _placements.pop(self._model, None)

@@ -4,6 +4,10 @@ Each tensor is loaded once, filled with random numbers, and every copy made on t
 padded vocabularies and tensor-parallel shards need no table of names. From then on the served memory itself can be
 asked what it holds. Learning overwrites all weights, so an engine that ignores a push is found out.
 
+A tensor for which the loader did nothing but copy is from then on copied straight to its places, all of a bucket in one
+call. Where it did anything else, such as deriving other weights, as SGLang's models with multi-head latent attention
+do, the loader itself gets the tensor every time.
+
 Invariant: a digest is reported only of bytes that lie in the model's memory, in the place where its loader put them.
 What cannot be compared with what was sent, a tensor scaled, transposed or quantised on the way, is refused by name.
 
@@ -32,6 +36,28 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
 
+_VIEWS = frozenset(
+    (
+        "alias",
+        "chunk",
+        "detach",
+        "narrow",
+        "permute",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+        "transpose",
+        "unflatten",
+        "unsqueeze",
+        "view",
+    )
+)
+"""Operations that compute nothing. Not `reshape`, `contiguous` and `to`, which may copy and in inference mode come
+whole."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Copy:
@@ -47,6 +73,8 @@ class _Copy:
     """Whether the slice is the source from end to end, in order."""
 
     def slice_of(self, source: Tensor) -> Tensor:
+        if self.whole and self.served.shape == source.shape:
+            return source
         return source.as_strided(self.served.shape, self.strides, source.storage_offset() + self.offset)
 
 
@@ -62,6 +90,8 @@ class _Place:
     """At least one."""
     straight: bool
     """The model's loader passes over it: it is loaded into the parameter of the same name."""
+    plain: bool
+    """Nothing is done for it but its copies."""
 
     @property
     def sliced(self) -> bool:
@@ -105,13 +135,15 @@ def _addresses(model: nn.Module) -> dict[str, int]:
 
 
 class _Watch(TorchDispatchMode):
-    """Records what is copied and filled. What would be written into `foreign` memory is noted, and not written."""
+    """Records what is copied and filled, and whether anything else is computed. What would be written into `foreign`
+    memory is noted, and not written."""
 
     def __init__(self, foreign: Tensor) -> None:
         super().__init__()
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.fills: list[Tensor] = []
         self.trespassed = False
+        self.plain = True
         self._foreign = foreign
 
     def __torch_dispatch__(
@@ -125,6 +157,8 @@ class _Watch(TorchDispatchMode):
                 self.fills.append(args[0])
             else:
                 self.copies.append((args[0], args[1]))
+        elif function.overloadpacket.__name__ not in _VIEWS:
+            self.plain = False
         return function(*args, **(kwargs or {}))
 
 
@@ -187,10 +221,13 @@ class _Learner:
             )
         source = _random(name, meta.shape, dtype, self.device)
         before = digest(source)
-        copies, fills = self._watched(name, lambda: self.model.load_weights([(name, source)]))  # type: ignore[operator]
-        straight = not copies and name in self.parameters
+        watch = self._watched(name, lambda: self.model.load_weights([(name, source)]))  # type: ignore[operator]
+        plain = watch.plain and not hasattr(self.model, "post_load_weights")  # which may wait for all of a layer
+        straight = not watch.copies and name in self.parameters
         if straight:
-            copies, fills = self._watched(name, lambda: _load_by_name(self.parameters[name], source))
+            watch = self._watched(name, lambda: _load_by_name(self.parameters[name], source))
+            plain = plain and watch.plain
+        copies, fills = watch.copies, watch.fills
         if not copies:
             raise _Refused(f"the engine has no place for tensor {name!r}")
         for to, _ in copies:
@@ -216,10 +253,10 @@ class _Learner:
                 raise changed
             found.append(copy)
         self.filled += [runs_of(fill) for fill in fills]
-        return _Place(shape=tuple(source.shape), dtype=dtype, copies=tuple(found), straight=straight)
+        return _Place(shape=tuple(source.shape), dtype=dtype, copies=tuple(found), straight=straight, plain=plain)
 
-    def _watched(self, name: str, load: Callable[[], object]) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-        """What `load` copies (to, from) and fills in the model's memory. Raises `_Refused`."""
+    def _watched(self, name: str, load: Callable[[], object]) -> _Watch:
+        """What `load` does; of its copies those into the model's memory. Raises `_Refused`."""
         watch = _Watch(self.foreign)
         try:
             with watch:
@@ -228,8 +265,13 @@ class _Learner:
             raise _Refused(f"the engine's loader fails on tensor {name!r}: {type(error).__name__}: {error}") from error
         if watch.trespassed:
             raise _Refused(f"tensor {name!r} would overwrite a tensor that belongs to the target; do not push it")
-        copies = [(to, values) for to, values in watch.copies if to.numel() and covers(self.memory, runs_of(to))]
-        return copies, watch.fills
+        made, watch.copies = watch.copies, []
+        for to, values in made:
+            if to.numel() and covers(self.memory, runs_of(to)):
+                watch.copies.append((to, values))
+            elif to.numel():
+                watch.plain = False
+        return watch
 
     def _copy(self, to: Tensor, values: Tensor, source: Tensor) -> _Copy | None:
         """Which slice of `source` is copied; None if the values are not in its memory or out of its order."""
@@ -293,9 +335,8 @@ class Placement:
         }
 
     def load(self, named: Sequence[tuple[str, Tensor]]) -> None:
-        """Has the model load one bucket, as its own loader does it. Raises `ValueError` before anything is written for
-        a tensor that was not learned or has another shape or dtype, and for a model whose parameters have moved."""
-        model = self._still()
+        """Puts one bucket where the model's own loader does; that memory has moved shows in `digests`. Raises
+        `ValueError` before anything is written for a tensor that was not learned or has another shape or dtype."""
         for name, tensor in named:
             place = self._places.get(name)
             if place is None:
@@ -306,13 +347,26 @@ class Placement:
                     f"it as {dtype_name(place.dtype)}{list(place.shape)}"
                 )
         named = [(name, tensor.detach().contiguous()) for name, tensor in named]
+        copies = [
+            (copy, tensor) for name, tensor in named if self._places[name].plain for copy in self._places[name].copies
+        ]
+        if copies:
+            torch._foreach_copy_(
+                [_bits(copy.served) for copy, _ in copies], [_bits(copy.slice_of(tensor)) for copy, tensor in copies]
+            )
+        theirs = [(name, tensor) for name, tensor in named if not self._places[name].plain]
+        if theirs:
+            self._load_as_it_does(theirs)
+        self._note_slices(named)
+
+    def _load_as_it_does(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        model = self._still()
         for name, tensor in named:
             if self._places[name].straight:
                 _load_by_name(_weights(model)[name], tensor)
         theirs = [(name, tensor) for name, tensor in named if not self._places[name].straight]
         if theirs:
             model.load_weights(theirs)  # type: ignore[operator]
-        self._note_slices(named)
 
     def digests(self) -> dict[str, str]:
         """Name to digest of what is served now, of every tensor that was learned.

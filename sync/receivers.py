@@ -2,7 +2,7 @@
 
 A transport sends `{"do": "open", "via": ...}` once or more per session and `{"do": "load", ...}` per bucket:
 
-    receiver = open_receiver(command["via"], rank=rank, device=device)  # closing the one before
+    receiver = open_receiver(command["via"], rank=rank, device=device, before=receiver)
     with receiver.bucket(command) as named:  # [(name, tensor)]
         ...copy them into the model...
     receiver.close()
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in torch's `__all__`
 
 from miles_spec.sync.dtypes import dtype_of
-from miles_spec.sync.group import NO_GROUP, Group
+from miles_spec.sync.group import CUMEM, NO_GROUP, Group
 
 ALIGN_BYTES = 256
 """Offsets are multiples of this, which suits every dtype and wide loads on a GPU."""
@@ -51,11 +51,18 @@ class Receiver(Protocol):
         ...
 
 
-def open_receiver(via: Mapping[str, Any], *, rank: int, device: torch.device) -> Receiver:
+def open_receiver(
+    via: Mapping[str, Any], *, rank: int, device: torch.device, before: Receiver | None = None
+) -> Receiver:
     """The receiver for what an `open` command offers. `rank` counts within the engine; `device` is the model's.
 
-    Raises an error, such as `ValueError` or `ConnectionError`, that says why this rank cannot receive that way.
+    `before` is closed, or returned where it has just that open already, since mapping memory takes time. Raises an
+    error, such as `ValueError` or `ConnectionError`, that says why this rank cannot receive that way.
     """
+    if isinstance(before, IpcReceiver) and before.has(via, device):
+        return before
+    if before is not None:
+        before.close()
     kind = via["kind"]
     if kind == "ipc":
         return IpcReceiver(via["buffers"], device)
@@ -128,8 +135,12 @@ class IpcReceiver:
     """Reads straight from the trainer's buffers: memory of a GPU, or a file that both map."""
 
     def __init__(self, buffers: Sequence[Mapping[str, Any]], device: torch.device) -> None:
-        self._device = device
+        self._offers, self._device = buffers, device
         self._buffers = [map_file(b["path"], b["bytes"]) if "path" in b else _map_cuda(b) for b in buffers]
+
+    def has(self, via: Mapping[str, Any], device: torch.device) -> bool:
+        """Whether it has open what `via` offers."""
+        return via["kind"] == "ipc" and via["buffers"] == self._offers and device == self._device
 
     @contextmanager
     def bucket(self, command: Mapping[str, Any]) -> Iterator[Named]:
@@ -184,6 +195,12 @@ class CollectiveReceiver:
         if name not in _groups:
             if via["joined"]:
                 raise LookupError(f"rank {rank} {NO_GROUP} {name}")
+            here = os.environ.get(CUMEM, "")
+            if via["kind"] == "nccl" and here != via["cumem"]:
+                raise ValueError(
+                    f"{CUMEM} is {here!r} here and {via['cumem']!r} in the trainer's process: NCCL would wait for ever; "
+                    "start both with the same"
+                )
             host, port = via["address"]
             timeout_s = via["timeout_s"]
             store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))

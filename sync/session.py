@@ -23,7 +23,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from miles_spec.rollout.engine import Member
+from miles_spec.rollout.engine import Member, PushMember
 from miles_spec.sync.digest import Digester
 from miles_spec.sync.dtypes import dtype_of
 from miles_spec.sync.transports import Fault, Faults, Transport, aligned_bytes, buckets, each, said
@@ -246,36 +246,65 @@ class Syncer:
         self, members: Sequence[Member], loads: Sequence[_Load], first: Change | None = None
     ) -> list[Receipt]:
         """All roles. With `first`, each is pushed changed that way, and as it is where that verified."""
-        target, *drafts = loads
-        receipts = self._push_target(members, target, first)
-        serving = [member for member in members if receipts[member.name].verified]
-        if not serving:
-            raise TargetSyncError([receipts[member.name] for member in members])
-        drafted: list[Receipt] = []
-        for draft in drafts:
-            takers = [member for member in serving if self._takes(member, "draft")]
-            results = self._attempts(takers, draft, self.draft_attempts, first)
-            drafted += results.values()
-            for member in takers:
-                if why := self._switch_draft(member, results[member.name]):
-                    receipts[member.name] = self._broken(member.name, target, Fault(why=why))
-            # switching a draft off may take a restart, after which the member serves nothing
-            restarted = [m for m in takers if receipts[m.name].verified and m.versions()["target"] != target.version]
-            if restarted:
-                receipts |= self._push_target(restarted, target)
+        target, *_ = loads
+        receipts, drafted = self._sessions(members, loads, first)
+        takers = [member for member in members if receipts[member.name].verified and member.name in drafted]
+        for member in takers:
+            if why := self._switch_draft(member, drafted[member.name]):
+                receipts[member.name] = self._broken(member.name, target, Fault(why=why))
+        # switching a draft off may take a restart, after which the member serves nothing
+        restarted = [m for m in takers if receipts[m.name].verified and m.versions()["target"] != target.version]
+        if restarted:
+            receipts |= self._sessions(restarted, [target])[0]
         if not any(receipt.verified for receipt in receipts.values()):
             raise TargetSyncError([receipts[member.name] for member in members])
-        return [*(receipts[member.name] for member in members), *drafted]
+        return [*(receipts[member.name] for member in members), *drafted.values()]
+
+    def _sessions(
+        self, members: Sequence[Member], loads: Sequence[_Load], first: Change | None = None
+    ) -> tuple[dict[str, Receipt], dict[str, Receipt]]:
+        """The last receipt of each member, by name: of the target and, of those whose target verified, of the draft.
+
+        Members that do not end the push as they should have left, as have those whose target does not verify.
+        """
+        target, *drafts = loads
+        received: tuple[dict[str, Receipt], dict[str, Receipt]] = {}, {}
+        keeping = [member for member in members if isinstance(member, PushMember)]
+        for member in keeping:
+            member.begin_push([load.role for load in loads])
+        try:
+            received[0].update(self._push_target(members, target, first))
+            serving = [member for member in members if received[0][member.name].verified]
+            for draft in drafts:
+                takers = [member for member in serving if self._takes(member, draft.role)]
+                received[1].update(self._attempts(takers, draft, self.draft_attempts, first))
+        finally:
+            start = time.perf_counter()
+            ended = each(keeping, lambda member: member.end_push())
+            self.seconds[target.role] += time.perf_counter() - start
+        for member in keeping:
+            if isinstance(error := ended[member.name], Exception):
+                why = f"push: {said(error)}"
+                for receipts in received:
+                    if (receipt := receipts.get(member.name)) and receipt.verified:
+                        self.verified, self.failed = self.verified - 1, self.failed + 1
+                        receipts[member.name] = replace(receipt, tensors=0, mismatched=(why,))
+                self._leave(member, received[0][member.name])
+        return received
 
     def _push_target(self, members: Sequence[Member], load: _Load, first: Change | None = None) -> dict[str, Receipt]:
         """By name; members whose receipt does not verify have left."""
         receipts = self._attempts(members, load, 1, first)
         for member in members:
             if not receipts[member.name].verified:
-                reason = _told(receipts[member.name])
-                log.warning("engine %r leaves until a push verifies: %s", member.name, reason)
-                member.leave(reason)
+                self._leave(member, receipts[member.name])
         return receipts
+
+    @staticmethod
+    def _leave(member: Member, receipt: Receipt) -> None:
+        reason = _told(receipt)
+        log.warning("engine %r leaves until a push verifies: %s", member.name, reason)
+        member.leave(reason)
 
     def _attempts(
         self, members: Sequence[Member], load: _Load, attempts: int, first: Change | None = None
@@ -339,6 +368,7 @@ class Syncer:
             for bucket in buckets(cast(), self.bucket_bytes):
                 if not (taking := [member for member in opened if member.name not in faults]):
                     break
+                digester.flush()  # before anything of the bucket may change
                 self.bytes[role] += sum(tensor.nbytes for _, tensor in bucket)
                 faults |= transport.send(taking, role, bucket)
         except Exception as error:  # of the trainer or the transport; the receipts say so, and the caller acts on them
@@ -349,7 +379,8 @@ class Syncer:
                 faults = transport.close(opened, role) | faults
             finally:
                 ended = each(opened, lambda member: member.end_update())
-        sent = WeightUpdate(version=load.version, role=role, digests=digester.read())
+        digests = digester.read() if len(faults) < len(members) else {}  # a fault may be the digester's
+        sent = WeightUpdate(version=load.version, role=role, digests=digests)
         results = {}
         for member in members:
             served, fault = ended.get(member.name), faults.get(member.name)

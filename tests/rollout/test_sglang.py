@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 
 from fake_sglang import COMMAND, FakeLoader, FakeSGLang, serving
-from miles_spec.rollout.engine import RemoteMember
+from miles_spec.rollout.engine import PushMember, RemoteMember
 from miles_spec.rollout.sglang import SGLangServer
 from miles_spec.rollout.sglang_api import Keys
 from miles_spec.rollout.sglang_args import ServerSettings
@@ -317,7 +317,7 @@ def probe(server: SGLangServer) -> bool:
 
 def test_a_probe_makes_a_token_only_where_that_can_be(fake: FakeSGLang) -> None:
     server = joined(fake)
-    server.settings = replace(SETTINGS, release=True)
+    server.settings = replace(SETTINGS, release=("weights", "kv_cache"))
 
     def asked() -> str:
         fake.calls.clear()
@@ -353,28 +353,33 @@ def test_memory_is_released_once_idle_and_taken_again(fake: FakeSGLang) -> None:
     server = joined(fake)
     with pytest.raises(ValueError, match=r"fleet\.release"):
         server.release()
-    server.settings = replace(SETTINGS, release=True)
+    server.settings = replace(SETTINGS, release=("weights", "kv_cache"))
     serve(server)
     fake.calls.clear()
     server.release()
     server.release()
     (error,) = ask(server, request())
     assert isinstance(error, RuntimeError) and "released" in str(error)
-    server.wake(["weights"])
+    with pytest.raises(RuntimeError, match="wake it before a push"):
+        server.begin_update(2, ["target"])
+    server.wake()
+    server.wake()
+    # the prefix cache is not flushed while its memory is away
+    assert fake.paths() == ["/flush_cache", "/release_memory_occupation", "/resume_memory_occupation"]
+    assert [body["tags"] for _, _, body in fake.calls[1:]] == [["weights", "kv_cache"]] * 2
     server.begin_update(2, ["target"])
     server.end_update()
-    server.wake()
-    steps = [p for p in fake.paths() if "weight_update" not in p]
-    # the prefix cache is not flushed while its memory is away
-    assert steps == [
-        "/flush_cache",
-        "/release_memory_occupation",
-        "/resume_memory_occupation",
-        "/update_weights_from_tensor",
-        "/resume_memory_occupation",
-    ]
-    assert [b["tags"] for _, p, b in fake.calls if p == "/resume_memory_occupation"] == [["weights"], ["kv_cache"]]
     assert isinstance(ask(server, request())[0], Completion)
+
+
+def test_the_cache_alone_can_be_released(fake: FakeSGLang) -> None:
+    server = joined(fake)
+    server.settings = replace(SETTINGS, release=("kv_cache",))
+    serve(server)
+    fake.calls.clear()
+    server.release()
+    server.wake()
+    assert [body["tags"] for _, _, body in fake.calls[1:]] == [["kv_cache"]] * 2
 
 
 # Push sessions
@@ -405,9 +410,94 @@ def test_a_session_rings_delivers_and_ends(fake: FakeSGLang) -> None:
         else:
             assert body["selector"] == role and "disable_draft_model" not in body
             begin, end = "/begin_weight_update", "/end_weight_update"
-            assert fake.paths() == [begin, "/update_weights_from_tensor", end, "/flush_cache"]
+            assert sorted(fake.paths()) == sorted([begin, "/update_weights_from_tensor", end, "/flush_cache"])
+            assert [body["selector"] for _, path, body in fake.calls if path == begin] == [role]
     assert [c["do"] for _, _, c in loader(fake).commands] == ["load", "digest", "end"] * 2
     assert loader(fake).open == 0
+
+
+def push_both(server: SGLangServer, version: int) -> None:
+    server.begin_push(["target", "draft"])
+    for role in ("target", "draft"):
+        server.begin_update(version, [role])
+        server.deliver({"do": "load"})
+        assert server.end_update() == {role: {"w": "right"}}
+
+
+def test_both_roles_go_by_one_ring(fake: FakeSGLang) -> None:
+    server = joined(fake)
+    assert isinstance(server, PushMember)
+    fake.calls.clear()
+    push_both(server, 5)
+    assert server.versions() == {"target": 5, "draft": 5}
+    (error,) = ask(server, request())
+    assert isinstance(error, RuntimeError) and "takes weights" in str(error)
+    with pytest.raises(RuntimeError, match="a session is open"):
+        server.learn("draft", METAS)
+    assert "/flush_cache" not in fake.paths()
+    server.end_push()
+    paths, begin, end = fake.paths(), "/begin_weight_update", "/end_weight_update"
+    assert paths.count("/update_weights_from_tensor") == paths.count("/flush_cache") == 1
+    if fake.version != "0.5.17":
+        assert paths[0] == begin and paths.count(end) == 1
+        assert [body for _, path, body in fake.calls if path == begin] == [{"selector": "all"}]
+    commands = [(c["do"], c.get("role")) for _, _, c in loader(fake).commands]
+    ask_each = [(do, role) for role in ("target", "draft") for do in ("load", "digest")]
+    assert [c for c in commands if c[0] != "end"] == ask_each and commands[-1][0] == "end"
+    assert loader(fake).open == 0
+    assert isinstance(ask(server, request())[0], Completion)
+
+
+def test_a_role_that_breaks_off_is_rung_for_again(fake: FakeSGLang) -> None:
+    server = joined(fake)
+    server.begin_push(["target", "draft"])
+    server.begin_update(1, ["target"])
+    server.end_update()
+    loader(fake).hang_up_at = "load"
+    server.begin_update(1, ["draft"])
+    with pytest.raises(ConnectionError):
+        server.deliver({"do": "load"})
+    with pytest.raises(ConnectionError, match="broke off the session at load"):
+        server.end_update()
+    assert loader(fake).open == 0 and server.versions() == {"target": 1, "draft": -1}
+    loader(fake).hang_up_at = ""
+    server.begin_update(1, ["draft"])
+    assert bell_body(fake).get("selector", "draft") == "draft"
+    assert server.end_update() == {"draft": {"w": "right"}}
+    server.end_push()
+    assert server.versions() == {"target": 1, "draft": 1}
+
+
+@pytest.mark.parametrize("when", ["before the draft", "at the end"])
+def test_a_loader_that_is_gone_between_two_roles(fake: FakeSGLang, when: str) -> None:
+    server = joined(fake)
+    server.begin_push(["target", "draft"])
+    server.begin_update(1, ["target"])
+    server.end_update()
+    assert server._session is not None
+    server._session._connections[0].close()
+    if when == "before the draft":
+        server.begin_update(1, ["draft"])
+        with pytest.raises(ConnectionError):
+            server.end_update()
+    server.end_push()
+    assert server.versions() == {"target": 1, "draft": -1} and loader(fake).open == 0
+
+
+def test_a_push_that_does_not_end_serves_nothing(fake: FakeSGLang, monkeypatch: pytest.MonkeyPatch) -> None:
+    from miles_spec.rollout import sglang
+
+    server = joined(fake)
+    monkeypatch.setattr(sglang, "FLUSH_S", 0.2)
+    fake.faults.flush_busy = 1000
+    push_both(server, 1)
+    with pytest.raises(RunError, match="Pending requests"):
+        server.end_push()
+    assert server.versions() == {"target": -1, "draft": -1} and loader(fake).open == 0
+    fake.faults.flush_busy = 0
+    push_both(server, 1)
+    server.end_push()
+    assert server.versions() == {"target": 1, "draft": 1}
 
 
 def test_every_rank_obeys_and_all_must_agree(fake: FakeSGLang) -> None:

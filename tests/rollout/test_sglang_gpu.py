@@ -267,7 +267,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
                 dtype="bfloat16",
                 context_length=CONTEXT,
                 max_running=RUNNING,
-                release=True,
+                release=("weights", "kv_cache"),
                 extra=SETTINGS,
             ),
             keys=Keys.random(),
@@ -332,7 +332,9 @@ def test_both_roles_arrive_over_cuda_ipc_and_the_draft_is_alive(host: Host) -> N
     assert accepted > 0.5 * sum(sum(c.spec.drafted) for c in completions), "the draft should agree often"
 
 
-def test_sleep_and_wake_change_nothing(host: Host) -> None:
+@pytest.mark.parametrize("tags", [("kv_cache",), ("weights", "kv_cache")])
+def test_sleep_and_wake_change_nothing(host: Host, tags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.server, "settings", replace(host.server.settings, release=tags))
     before = host.generate(REQUESTS)
     host.sleepless("a release", host.server.release)
     host.sleepless("waking", host.server.wake)

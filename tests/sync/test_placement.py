@@ -21,12 +21,16 @@ HIDDEN, VOCAB, PADDED, KV = 8, 10, 16, 4
 class Served(nn.Module):
     """Embedding padded to 16 rows, one fused qkv, an output matrix cut by columns, a norm in float32, a bias to skip.
 
-    `swap(name)` may send a tensor elsewhere, `drop` ignores names, `change` is applied to what is loaded.
+    `swap(name)` may send a tensor elsewhere, `drop` ignores names, `change` is applied to what is loaded. With `derive`
+    it keeps the sum of each tensor too, so that it has to be asked for every push.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, rank: int = 0, world: int = 1, dtype: torch.dtype = torch.bfloat16, *, derive: bool = False
+    ) -> None:
         super().__init__()
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.derive = rank, world, derive
+        self.sums: dict[str, Tensor] = {}
         self.embed = self._parameter(PADDED // world, HIDDEN, dtype=dtype)
         self.qkv = self._parameter((HIDDEN + 2 * KV) // world, HIDDEN, dtype=dtype)
         self.out = self._parameter(HIDDEN, HIDDEN // world, dtype=dtype)
@@ -46,6 +50,8 @@ class Served(nn.Module):
         for name, tensor in named:
             if name not in self.drop:
                 self._load(self.swap(name), self.change(tensor))
+                if self.derive:
+                    self.sums[name] = tensor.sum()
 
     def _load(self, name: str, tensor: Tensor) -> None:
         if name == "embed.weight":
@@ -155,12 +161,51 @@ def test_learning_scrambles_every_tensor_the_same_on_every_rank() -> None:
         assert torch.equal(parameter, dict(again.named_parameters())[name])
 
 
-def test_the_models_own_loader_gets_whole_buckets() -> None:
-    model = Served()
-    placement = learned(model)
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_is_only_copied_goes_straight_to_its_places(world: int) -> None:
+    for rank in range(world):
+        model, asked = Served(rank, world), Served(rank, world)
+        placement, sent = learned(model), weights(1)
+        model.loads.clear()
+        assert push(placement, sent) == digests(sent.items())
+        assert model.loads == []
+        asked.load_weights(sent.items())
+        for name, parameter in asked.named_parameters():
+            assert torch.equal(parameter, dict(model.named_parameters())[name]), name
+
+
+def test_a_loader_that_does_more_than_copy_gets_every_push() -> None:
+    model = Served(derive=True)
+    placement, sent = learned(model), weights(1)
     model.loads.clear()
-    placement.load(list(weights().items()))
-    assert model.loads == [list(SHAPES)]
+    assert push(placement, sent) == digests(sent.items())
+    assert model.loads == [list(SHAPES)[:2], list(SHAPES)[2:]]  # whole buckets
+    assert all(torch.equal(model.sums[name], tensor.sum()) for name, tensor in sent.items())
+
+
+def test_only_tensors_with_more_than_copies_go_to_the_loader() -> None:
+    class Mixed(Served):
+        def _load(self, name: str, tensor: Tensor) -> None:
+            super()._load(name, tensor)
+            if name == "out.weight":
+                self.inverse = -self.out
+
+    model = Mixed()
+    placement, sent = learned(model), weights(1)
+    model.loads.clear()
+    assert push(placement, sent) == digests(sent.items())
+    assert model.loads == [["out.weight"]]
+    assert torch.equal(model.inverse, -sent["out.weight"])
+
+
+def test_a_model_that_does_something_after_loading_gets_every_push() -> None:
+    """As SGLang's models do in `post_load_weights`, which may wait until a layer is whole."""
+    model = Served()
+    model.post_load_weights = lambda: None  # type: ignore[assignment]
+    placement, sent = learned(model), weights(1)
+    model.loads.clear()
+    assert push(placement, sent) == digests(sent.items())
+    assert [name for load in model.loads for name in load] == list(SHAPES)
 
 
 def test_a_parameter_that_the_loader_passes_over_is_filled_by_its_name() -> None:
@@ -392,7 +437,7 @@ def test_a_draft_must_not_overwrite_its_target() -> None:
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_tensor_that_the_second_push_drops_is_noticed(name: str, world: int) -> None:
-    model = Served(0, world)
+    model = Served(0, world, derive=True)
     placement = learned(model)
     push(placement, weights(1))
     model.drop = {name}
@@ -403,7 +448,7 @@ def test_a_tensor_that_the_second_push_drops_is_noticed(name: str, world: int) -
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_tensor_that_the_second_push_puts_elsewhere_is_noticed(world: int) -> None:
-    model = Served(0, world)
+    model = Served(0, world, derive=True)
     placement = learned(model)
     push(placement, weights(1))
     model.swap = lambda name: {"k.weight": "v.weight", "v.weight": "k.weight"}.get(name, name)
@@ -426,7 +471,7 @@ def test_a_bit_that_flips_in_any_parameter_is_noticed(world: int) -> None:
 
 
 def test_slices_of_an_earlier_push_do_not_vouch_for_a_later_one() -> None:
-    model = Served(0, 2)
+    model = Served(0, 2, derive=True)
     placement = learned(model)
     old, new = weights(1), weights(2)
     push(placement, old)
@@ -436,15 +481,15 @@ def test_slices_of_an_earlier_push_do_not_vouch_for_a_later_one() -> None:
     assert push(placement, weights(2))["q.weight"] == "not loaded in full since it was learned"
 
 
-def test_moved_memory() -> None:
-    model = Served()
+@pytest.mark.parametrize("derive", [False, True])
+def test_moved_memory(derive: bool) -> None:
+    model, sent = Served(derive=derive), weights()
     placement = learned(model)
     model.qkv.data = model.qkv.data.clone()
     with pytest.raises(ValueError, match="has moved parameter 'qkv' since its place was learned; learn again"):
-        placement.load(list(weights().items()))
+        push(placement, sent)
     with pytest.raises(ValueError, match="has moved parameter 'qkv'"):
         placement.digests()
-    sent = weights()
     assert push(learned(model), sent) == digests(sent.items())
 
 
@@ -483,7 +528,5 @@ def test_on_a_gpu(world: int) -> None:
     for seed, device in ((1, "cuda"), (2, "cpu")):
         sent = {name: tensor.to(device) for name, tensor in weights(seed).items()}
         assert push(placement, sent) == digests(sent.items())
-    model.drop = {"q.weight"}
-    sent = weights(3)
-    served, wanted = push(placement, sent), digests(sent.items())
-    assert {n for n in SHAPES if served[n] != wanted[n]} == {"q.weight"}
+    flip_bit(model.out.data, 13)
+    assert [n for n, d in placement.digests().items() if d != digest(sent[n])] == ["out.weight"]

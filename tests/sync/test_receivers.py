@@ -51,6 +51,24 @@ def test_a_file_that_is_not_there_is_not_made(tmp_path: Path) -> None:
         pass
 
 
+def test_memory_stays_mapped_as_long_as_the_same_is_offered(tmp_path: Path) -> None:
+    vias = []
+    for name in "ab":
+        (tmp_path / name).write_bytes(bytes(8))
+        vias.append({"kind": "ipc", "buffers": [{"path": str(tmp_path / name), "bytes": 8}]})
+    command = {"table": [["w", "uint8", [8], 0]], "via": {"slot": 0}}
+    first = open_receiver(vias[0], rank=0, device=CPU)
+    assert open_receiver(vias[0], rank=0, device=CPU, before=first) is first
+    second = open_receiver(vias[1], rank=0, device=CPU, before=first)
+    assert second is not first
+    with pytest.raises(IndexError), first.bucket(command):  # it is closed
+        pass
+    third = open_receiver({"kind": "disk"}, rank=0, device=CPU, before=second)
+    assert open_receiver({"kind": "disk"}, rank=0, device=CPU, before=third) is not third
+    with pytest.raises(IndexError), second.bucket(command):
+        pass
+
+
 def test_a_gpu_that_is_not_visible_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="GPU GPU-abc is not visible here"):
@@ -70,4 +88,11 @@ def test_a_file_that_differs_from_its_table_is_refused(row: list[object], tmp_pa
 def test_a_group_that_was_not_joined_is_said() -> None:
     via = {"kind": "gloo", "bytes": 8, "keep": [], "group": "g", "joined": True}
     with pytest.raises(LookupError, match=NO_GROUP):
+        open_receiver(via, rank=0, device=CPU)
+
+
+def test_a_server_whose_nccl_allocates_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    via = {"kind": "nccl", "bytes": 8, "keep": [], "group": "g", "joined": False, "cumem": "0"}
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "1")
+    with pytest.raises(ValueError, match="NCCL_CUMEM_ENABLE is '1' here and '0' in the trainer's process"):
         open_receiver(via, rank=0, device=CPU)

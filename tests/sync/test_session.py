@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeEngine, flip_bit
-from miles_spec.rollout.engine import Engine, LocalMember
+from miles_spec.rollout.engine import Engine, LocalMember, PushMember
 from miles_spec.sync.session import Gathered, Syncer, TargetSyncError, compare
 from miles_spec.sync.transports import Fault, InProcess
 from miles_spec.types import Role, RunError, WeightUpdate
@@ -510,12 +510,84 @@ def test_weights_that_are_not_gathered_as_promised_do_not_verify(
     assert engine.open == ()
 
 
+class Keeping(FakeEngine):
+    """Keeps its door open from one session to the next; `stuck` is why it does not close."""
+
+    def __init__(self, name: str = "fake", **arguments: object) -> None:
+        super().__init__(weights(0), name=name, **arguments)  # type: ignore[arg-type]
+        self.pushes: list[list[Role]] = []
+        self.stuck = ""
+        self.pushing = False
+
+    def begin_push(self, roles: Sequence[Role]) -> None:
+        assert not self.pushing
+        self.pushes.append(list(roles))
+        self.pushing = True
+
+    def begin_update(self, version: int, roles: Sequence[Role]) -> None:
+        assert self.pushing
+        super().begin_update(version, roles)
+
+    def set_draft_depth(self, depth: int) -> None:
+        assert not self.pushing
+        super().set_draft_depth(depth)
+
+    def end_push(self) -> None:
+        assert self.pushing and not self.open
+        self.pushing = False
+        if self.stuck:
+            self.served = dict.fromkeys(self.served, -1)
+            raise RunError(self.stuck)
+
+
+def test_all_sessions_of_a_push_are_in_one() -> None:
+    engine, sync = Keeping(), syncer()
+    assert isinstance(engine, PushMember)
+    assert all(r.verified for r in push(sync, engine, weights(1)))
+    assert engine.pushes == [["target", "draft"]] and not engine.pushing
+    new = weights(2)
+    receipts = sync.self_test([engine], version=2, target=new["target"], draft_version=6, draft=new["draft"])
+    assert all(r.verified for r in receipts) and engine.pushes[1:] == [["target", "draft"]]
+    assert sync.push([engine], version=3, target=new["target"])[0].verified
+    assert engine.pushes[2:] == [["target"]] and not engine.pushing
+    engine.drop = {"norm"}
+    with pytest.raises(TargetSyncError):
+        push(sync, engine, weights(4), 4, 7)
+    assert not engine.pushing
+
+
+def test_a_restart_without_the_draft_is_a_push_of_its_own() -> None:
+    engine = Keeping(restarts=True)
+    engine.drop = {"fc"}
+    target, draft = push(syncer(), engine, weights(1))
+    assert target.verified and not draft.verified
+    assert engine.pushes == [["target", "draft"], ["target"]] and not engine.pushing
+
+
+def test_a_push_that_does_not_end_verified_nothing() -> None:
+    a, b, sync = Keeping("a"), Keeping("b"), syncer()
+    b.stuck = "the cache is in use"
+    receipts = push_all(sync, (a, b), weights(1))
+    assert [(r.engine, r.role, r.verified) for r in receipts] == [
+        ("a", "target", True),
+        ("b", "target", False),
+        ("a", "draft", True),
+        ("b", "draft", False),
+    ]
+    assert "push: RunError: the cache is in use" in b.left[0] and not a.left
+    assert b.draft_depth == 3, "its draft was not at fault"
+    assert (sync.verified, sync.failed) == (2, 2)
+    with pytest.raises(TargetSyncError, match="the cache is in use"):
+        push_all(sync, (b,), weights(2), 2)
+
+
 def test_a_session_ends_everywhere_when_the_trainer_fails() -> None:
     class Interrupted(InProcess):
         def send(self, members, role, bucket):  # type: ignore[no-untyped-def]
             raise KeyboardInterrupt
 
-    a, b = two()
+    a, b = Keeping("a"), Keeping("b")
     with pytest.raises(KeyboardInterrupt):
         push_all(Syncer(Interrupted()), (a, b), weights(1))
     assert a.open == b.open == ()
+    assert not a.pushing and not b.pushing
