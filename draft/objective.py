@@ -44,6 +44,7 @@ def objective(
     embed_weight: Tensor,
     lm_head_weight: Tensor,
     hidden: Tensor,
+    states: Tensor,
     layout: PackedLayout,
     tokens: Tensor,
     loss_mask: Tensor,
@@ -58,7 +59,8 @@ def objective(
 ) -> DraftObjective:
     """Loss of `head` on a pack that the target has just been run over.
 
-    `hidden` `[T, H]` after the final norm, `embed_weight` and `lm_head_weight` `[V, H]`: the target's, detached.
+    `hidden` `[T, H]` after the final norm, `states` `[T, S]` that `head` reads, `embed_weight` and `lm_head_weight`
+    `[V, H]`: the target's, detached.
     `tokens` `[T]` int64, `loss_mask` `[T]` bool. `lse` and `logprobs` `[T]` float32 by row: log-sum-exp of the row's
     tempered logits, and the target's log-probability of the token that follows. Copies to the host a few times.
 
@@ -67,7 +69,7 @@ def objective(
     tv`.
     """
     targets = draft_targets(tokens, loss_mask, layout, depth)
-    unrolled = unroll(head, embed_weight, hidden, targets, layout)
+    unrolled = unroll(head, embed_weight, states, targets, layout)
     # blocks side by side, so that their depths share the teacher's logits
     rows, depths = targets.mask.T.nonzero().unbind(1)
     teacher = targets.teacher[depths, rows]
@@ -77,7 +79,7 @@ def objective(
     mix = Mix(ce=1) if loss == "ce" else Mix(kl=1 - share, tv=share)
     result = draft_loss(
         unrolled.flat,
-        head.head_rows(lm_head_weight.detach()),
+        head.head_rows(lm_head_weight),
         reach[read],
         head.to_draft[targets.labels[depths, rows]],
         mix=mix,
@@ -85,6 +87,7 @@ def objective(
         temperature=temperature,
         rows=unrolled.index(depths, rows),
         teacher_rows=(read.cumsum(0) - 1)[teacher],
+        teacher_head=None if head.lm_head is None else head.target_rows(lm_head_weight),
         teacher_lse=extend(lse.detach(), layout)[teacher],
         label_logprob=extend(logprobs.detach(), layout)[teacher],
         chain=depths,

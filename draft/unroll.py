@@ -24,7 +24,7 @@ from miles_spec.kernels.shift import DraftTargets
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Unrolled:
-    """A draft's states over a pack, at every depth."""
+    """A draft's states over a pack before the LM head, at every depth."""
 
     states: list[Tensor]
     """`D` tensors: `[T, H]` at depth 1, `[R, H]` at deeper ones."""
@@ -51,41 +51,44 @@ class Unrolled:
 def unroll(
     head: DraftHead,
     embed_weight: Tensor,
-    hidden: Tensor,
+    states: Tensor,
     targets: DraftTargets,
     layout: PackedLayout,
     backend: Backend = "auto",
 ) -> Unrolled:
     """The draft's states at the depths of `targets`; if there are several, copies one number per piece to the host.
 
-    `embed_weight` `[V, H]` and `hidden` `[T, H]` (after the target's final norm) must not require a gradient. Depth 1
+    `embed_weight` `[V, H]` and `states` `[T, S]`, the target's that `head` reads, must not require a gradient. Depth 1
     runs every row, since prompts serve as keys; a row without a next token in its segment runs on whatever token its
     target names, and only rows that do not count attend to it. Deeper depths run, of each piece, the rows from the
     first that counts to the end: one set for all of them. What rows that do not count return is finite and means
     nothing.
     """
-    assert not hidden.requires_grad and not embed_weight.requires_grad
+    assert not states.requires_grad and not embed_weight.requires_grad
     depths, size = targets.mask.shape
 
-    def run(depth: int, rows: Tensor | slice, states: Tensor, attend: Attend) -> Tensor:
+    def run(depth: int, rows: Tensor | slice, before: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         embed = F.embedding(targets.inputs[depth, rows], embed_weight)
-        return head(embed[None], states[None], targets.positions[depth, rows][None], attend)[0]
+        after, out = head(embed[None], before[None], targets.positions[depth, rows][None], attend)
+        return after[0], out[0]
 
     everywhere = slice(None)
-    rows = place = torch.empty(0, dtype=torch.int64, device=hidden.device)
+    rows = place = torch.empty(0, dtype=torch.int64, device=states.device)
     if not size:
-        states = [hidden] * depths
+        outs = [head.enter(states)] * depths
     elif depths == 1:
-        states, place = [run(0, everywhere, hidden, PackedAttention(layout, backend))], rows.new_zeros(size)
+        _, out = run(0, everywhere, head.enter(states), PackedAttention(layout, backend))
+        outs, place = [out], rows.new_zeros(size)
     else:
         chain = ChainAttention(layout, _starts(targets.mask[0], layout), backend)
         rows = chain.rows
         place = rows.new_zeros(size).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
-        states = [run(0, everywhere, hidden, chain)]
+        state, out = run(0, everywhere, head.enter(states), chain)
+        outs, state = [out], state.index_select(0, rows)
         for depth in range(1, depths):
-            before = states[0].index_select(0, rows) if depth == 1 else states[-1]
-            states.append(run(depth, rows, before, chain.deeper))
-    return Unrolled(states=states, rows=rows, place=place)
+            state, out = run(depth, rows, state, chain.deeper)
+            outs.append(out)
+    return Unrolled(states=outs, rows=rows, place=place)
 
 
 def _starts(mask: Tensor, layout: PackedLayout) -> list[int]:

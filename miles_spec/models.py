@@ -168,7 +168,8 @@ def check_draftable(model: PreTrainedModel) -> None:
     """Raises `ValueError` in one sentence for a model whose decoder layer cannot start a draft."""
     layer = next(reversed(getattr(model.base_model, "layers", ())), None)
     for block, projection in (("self_attn", "o_proj"), ("mlp", "down_proj")):
-        if not hasattr(getattr(layer, block, None), projection):
+        found = getattr(layer, block, None)
+        if not hasattr(found, projection) and not hasattr(found, "experts"):
             raise ValueError(
                 f"{model.config.model_type}: its decoder layers have no {block}.{projection}, so no draft can be "
                 "attached; set draft.enabled = false"

@@ -1,10 +1,11 @@
 """The in-process engine: continuous batching and speculative decoding over any supported Hugging Face causal LM.
 
-Invariants. A sequence of `n` tokens has target keys for `0..n-2` and final hidden states for the same positions: its
-newest token is pending. The running sequences are rows `0..B-1` of every buffer. Draft row `t` joins hidden state
-`h_t` with token `t+1`; a block of depth `k` starts at row `n-2`, whose state proposes token `n`.
+Invariants. A sequence of `n` tokens has target keys for `0..n-2` and the states that the draft reads for the same
+positions: its newest token is pending. The running sequences are rows `0..B-1` of every buffer. Draft row `t` joins
+state `h_t` with token `t+1`; a block of depth `k` starts at row `n-2`, whose state proposes token `n`.
 
-Dimensions: `B` running sequences, `q` tokens per sequence of one forward, `k` draft depth, `V` vocabulary, `H` hidden.
+Dimensions: `B` running sequences, `q` tokens per sequence of one forward, `k` draft depth, `V` vocabulary, `H` hidden,
+`S` width of what the draft reads.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from miles_spec.draft import states
 from miles_spec.draft.modules import DraftHead
 from miles_spec.kernels.attention import Attend
 from miles_spec.models import cast, check_supported, embed_weight, head_weight, trunk
@@ -246,13 +248,12 @@ class EmbeddedEngine:
         self._slack = self.draft_depth + 2  # a block runs over the end of a sequence, and padding beside it
         capacity = self.max_context + self._slack
         config: Any = self.model.config
-        heads = config.num_key_value_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        sizes: dict[str, Any] = {"rows": rows, "capacity": capacity, "heads": heads, "head_size": head_size}
         place: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
-        self._cache = RaggedCache(layers=config.num_hidden_layers, **sizes, **place)
-        self._draft_cache = RaggedCache(layers=1, **sizes, **place) if self.draft is not None else None
-        self._hidden = torch.zeros(rows, capacity, config.hidden_size, **place)
+        room: dict[str, Any] = {"rows": rows, "capacity": capacity, **place}
+        self._cache = RaggedCache(layers=config.num_hidden_layers, **_heads(config), **room)
+        # a draft from elsewhere may have other heads than the target
+        self._draft_cache = None if self.draft is None else RaggedCache(layers=1, **_heads(self.draft.config), **room)
+        self._states = None if self.draft is None else torch.zeros(rows, capacity, self.draft.width, **place)
         self._ids = torch.zeros(rows, capacity, dtype=torch.int64, device=self._device)
         self._seeds = torch.zeros(rows, dtype=torch.int64, device=self._device)
         self._top_k = torch.zeros(rows, dtype=torch.int64, device=self._device)
@@ -264,8 +265,9 @@ class EmbeddedEngine:
         self._cache.copy(source, targets, length)
         if self._draft_cache is not None:
             self._draft_cache.copy(source, targets, length)
-        for buffer in (self._hidden, self._ids):
-            buffer[targets, :length] = buffer[source, :length]
+        for buffer in (self._states, self._ids):
+            if buffer is not None:
+                buffer[targets, :length] = buffer[source, :length]
 
     def _retire(self, waiting: deque[Running]) -> list[Running]:
         """Takes finished sequences out, closing each hole with the last row."""
@@ -304,10 +306,14 @@ class EmbeddedEngine:
 
     # Forward passes
 
-    def _forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """`[B, q, H]`: final hidden states of `ids` `[B, q]`."""
-        out = self._trunk(input_ids=ids, position_ids=positions, attend=attend, use_cache=False)
-        return out.last_hidden_state
+    def _forward(self, rows: Tensor, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """`[B, q, H]`: final hidden states of `ids` `[B, q]`; what the draft reads is kept in `rows` `[B, 1]`."""
+        hidden, read = states.run(
+            self._trunk, self.draft, input_ids=ids, position_ids=positions, attend=attend, use_cache=False
+        )
+        if self._states is not None:
+            self._states[rows, positions] = read
+        return hidden
 
     def _admit(self, sequences: list[Running]) -> None:
         """Prefills new sequences, each distinct prompt once, and samples their first tokens."""
@@ -329,14 +335,16 @@ class EmbeddedEngine:
         for row, tokens in zip(own, by_prompt, strict=True):
             self._ids[row, : len(tokens)] = torch.tensor(tokens)
         index = torch.tensor(own, device=self._device)
+        last: dict[int, Tensor] = {}
         for start in range(0, longest, width):
             # rows whose prompt has ended are padded: what they write lies beyond their length
             going = index[[len(t) > start for t in by_prompt]]
             positions = torch.arange(start, min(start + width, longest), device=self._device).expand(len(going), -1)
             attend = self._cache.attend(going, positions, start + positions.shape[1])
-            self._hidden[going[:, None], positions] = self._forward(
-                self._ids[going[:, None], positions], positions, attend
-            )
+            hidden = self._forward(going[:, None], self._ids[going[:, None], positions], positions, attend)
+            for at, (tokens, same) in enumerate((t, s) for t, s in by_prompt.items() if len(t) > start):
+                if len(tokens) <= start + positions.shape[1]:
+                    last |= dict.fromkeys(same, hidden[at, len(tokens) - 1 - start])
         if self._depth_for(len(self._running)):
             lengths = [len(t) for t in by_prompt]
             if longest > 1:
@@ -347,8 +355,9 @@ class EmbeddedEngine:
             if len(same) > 1:
                 self._copy_row(same[0], same[1:], len(tokens))
         ends = torch.tensor([[len(s.tokens)] for s in sequences], device=self._device)
-        index = torch.arange(first, first + len(sequences), device=self._device)
-        self._choose(rows, self._hidden[index[:, None], ends - 1], ends, "prefill_s")
+        self._choose(
+            rows, torch.stack([last[row] for row in range(first, len(self._running))])[:, None], ends, "prefill_s"
+        )
 
     def _depth_for(self, batch: int) -> int:
         return self.draft_depth if not self.max_batch or batch <= self.max_batch else 0
@@ -368,8 +377,7 @@ class EmbeddedEngine:
             self._lap("draft_s")
         positions = ends - 1 + torch.arange(depth + 1, device=self._device)
         attend = self._cache.attend(rows, positions, max(lengths) + depth)
-        hidden = self._forward(ids, positions, attend)
-        self._hidden[torch.arange(batch, device=self._device)[:, None], positions] = hidden
+        hidden = self._forward(torch.arange(batch, device=self._device)[:, None], ids, positions, attend)
         self._choose(rows, hidden, positions + 1, "verify_s", drafted, proposal)
 
     def _choose(
@@ -411,35 +419,37 @@ class EmbeddedEngine:
 
     # The draft
 
-    def _extend(self, rows: slice | Tensor, starts: list[int], stops: list[int]) -> Tensor:
-        """Computes draft rows `start..stop-1` of each sequence from true hidden states; `[B, H]`: the last one's state.
+    def _extend(self, rows: slice | Tensor, starts: list[int], stops: list[int]) -> tuple[Tensor, Tensor]:
+        """Computes draft rows `start..stop-1` of each sequence from the target's states; `[B, H]` twice: what the last
+        one has for the next depth, and for the LM head.
 
         Shorter ranges are padded at their end; what padding writes lies beyond their rows.
         """
-        assert self.draft is not None and self._draft_cache is not None
+        assert self.draft is not None and self._draft_cache is not None and self._states is not None
         widest = max(b - a for a, b in zip(starts, stops, strict=True))
         width = max(1, self.chunk // len(starts))
         start = torch.tensor(starts, device=self._device)[:, None]
         last = torch.tensor(stops, device=self._device)[:, None] - 1
-        ids, hidden = self._ids[rows], self._hidden[rows]
-        state = torch.empty(len(starts), hidden.shape[-1], dtype=self._dtype, device=self._device)
+        ids, read = self._ids[rows], self._states[rows]
+        size = self.draft.config.hidden_size
+        ends = torch.empty(2, len(starts), size, dtype=self._dtype, device=self._device)
         for offset in range(0, widest, width):
             count = min(width, widest - offset)
             positions = (start + offset + torch.arange(count, device=self._device)).clamp(max=ids.shape[1] - 2)
             attend = self._draft_cache.attend(rows, positions, min(max(starts) + offset + count, ids.shape[1]))
             embed = F.embedding(ids.gather(1, positions + 1), self._embed)
-            index = positions[..., None].expand(-1, -1, hidden.shape[-1])
-            states = self.draft(embed, hidden.gather(1, index), positions, attend)
+            index = positions[..., None].expand(-1, -1, read.shape[-1])
+            both = torch.stack(self.draft(embed, self.draft.enter(read.gather(1, index)), positions, attend))
             at = last - start - offset
             inside = (at >= 0) & (at < count)
-            picked = states.gather(1, at.clamp(0, count - 1)[..., None].expand(-1, 1, states.shape[-1]))[:, 0]
-            state = torch.where(inside, picked, state)
-        return state
+            picked = both.gather(2, at.clamp(0, count - 1)[..., None].expand(2, -1, 1, size))[:, :, 0]
+            ends = torch.where(inside, picked, ends)
+        return ends[0], ends[1]
 
     def _propose(self, rows: slice, lengths: list[int], depth: int) -> tuple[Tensor, Tensor | None]:
         """`[B, k]` drafted tokens, and under `rejection` the `[B, k, V]` distributions they were drawn from."""
         assert self.draft is not None and self._draft_cache is not None and self._draft_head is not None
-        state = self._extend(rows, [s.draft_rows for s in self._running], [n - 1 for n in lengths])
+        state, out = self._extend(rows, [s.draft_rows for s in self._running], [n - 1 for n in lengths])
         for sequence, n in zip(self._running, lengths, strict=True):
             sequence.draft_rows = n - 1
         ends = torch.tensor(lengths, device=self._device)[:, None]
@@ -449,8 +459,9 @@ class EmbeddedEngine:
             if d > 1:
                 positions = ends - 2 + d - 1
                 attend = self._draft_cache.attend(rows, positions, max(lengths) - 2 + d)
-                state = self.draft(F.embedding(tokens[-1], self._embed), state[:, None], positions, attend)[:, 0]
-            logits = state @ self._draft_head.T
+                embed = F.embedding(tokens[-1], self._embed)
+                state, out = (x[:, 0] for x in self.draft(embed, state[:, None], positions, attend))
+            logits = out @ self._draft_head.T
             if self.rule == "rejection":
                 temperature = self._temperature[rows]
                 probs, _ = filtered(
@@ -485,3 +496,13 @@ class EmbeddedEngine:
         now = self._clock()
         self._times[phase] += now - self._mark
         self._mark = now
+
+
+def _heads(config: Any) -> dict[str, Any]:
+    """How many heads keys and values have in the layers of a model, and how wide they are."""
+    if getattr(config, "kv_lora_rank", None):
+        # latent attention: every head has keys and values of its own by the time that they are attended to
+        size = config.qk_nope_head_dim + config.qk_rope_head_dim
+        return {"heads": config.num_attention_heads, "head_size": size, "value_size": config.v_head_dim}
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {"heads": config.num_key_value_heads, "head_size": size}

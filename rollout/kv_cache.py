@@ -3,7 +3,8 @@
 Invariant: entry `j` of a row is read only by queries at positions `>= j`, and is written before any such query runs.
 So what lies beyond a row's length (rejected drafts, padding) never matters and is simply overwritten.
 
-Dimensions: `B` rows at hand, `q` query tokens a row, `Hq`/`Hk` query/key heads, `D` head size, `L` longest length.
+Dimensions: `B` rows at hand, `q` query tokens a row, `Hq`/`Hk` query/key heads, `D` head size of queries and keys, `E`
+that of values, `L` longest length.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from miles_spec.kernels.attention import Attend
 
 
 class RaggedCache:
-    """Keys and values `[layers][rows, capacity, Hk, D]` of all sequences."""
+    """Keys `[layers][rows, capacity, Hk, D]` and values `[layers][rows, capacity, Hk, E]` of all sequences."""
 
     def __init__(
         self,
@@ -26,12 +27,14 @@ class RaggedCache:
         capacity: int,
         heads: int,
         head_size: int,
+        value_size: int | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (rows, capacity, heads, head_size)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        """`value_size` where it is not `head_size`."""
+        shape, last = (rows, capacity, heads), value_size or head_size
+        self.keys = [torch.zeros(*shape, head_size, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.zeros(*shape, last, dtype=dtype, device=device) for _ in range(layers)]
 
     def attend(self, rows: slice | Tensor, positions: Tensor, longest: int) -> Attend:
         """What a forward of tokens at `positions` `[B, q]` in `rows` attends to: itself and all before it.

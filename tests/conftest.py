@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     # read when a kernel is defined, so before any module of ours is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as in SGLang's processes
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
@@ -22,6 +23,45 @@ import pytest
 from distributed import Ranks
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma")
+
+
+KINDS: dict[str, dict[str, object]] = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "n_group": 2,
+        "topk_group": 1,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
+    "deepseek_v3": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "num_key_value_heads": 4,
+    },
+    "qwen3_next": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "layer_types": ["linear_attention", "full_attention"],
+        **(recurrent := dict.fromkeys(("linear_num_value_heads", "linear_num_key_heads"), 2)),
+        **(sizes := dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8)),
+    },
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"], **recurrent, **sizes},
+}
+"""What `tiny_config` adds for models whose layers are more than attention and a gated product."""
 
 
 def tiny_config(family: str, **overrides: object):  # type: ignore[no-untyped-def]
@@ -42,27 +82,31 @@ def tiny_config(family: str, **overrides: object):  # type: ignore[no-untyped-de
         eos_token_id=2,
         pad_token_id=0,
     )
-    return AutoConfig.for_model(family, **{**shape, **overrides})
+    config = AutoConfig.for_model(family, **{**shape, **KINDS.get(family, {}), **overrides})
+    config._experts_implementation = "eager"  # the others know no float64
+    return config
 
 
 @cache
-def _weights(family: str) -> dict[str, torch.Tensor]:
+def _weights(family: str, layers: int) -> dict[str, torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation="eager")
+    config = tiny_config(family, num_hidden_layers=layers)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     # larger than a fresh initialisation, so that distributions are far from uniform and bugs show
     return {n: p + 0.25 * torch.randn_like(p) for n, p in model.state_dict().items() if "rotary" not in n}
 
 
-def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32):  # type: ignore[no-untyped-def]
+def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, layers: int = 2):  # type: ignore[no-untyped-def]
     """A fresh copy of the family's tiny random model, calling our attention by name."""
     from transformers import AutoModelForCausalLM
 
     import miles_spec.kernels.attention as attention
 
-    model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation=attention.NAME, dtype=dtype)
-    model.load_state_dict(_weights(family), strict=False)
+    config = tiny_config(family, num_hidden_layers=layers)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
+    model.load_state_dict(_weights(family, layers), strict=False)
     return model.to(dtype).eval()
 
 

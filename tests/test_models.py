@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import tiny_config, tiny_model, tiny_tokenizer
+from conftest import FAMILIES, tiny_config, tiny_model, tiny_tokenizer
 from miles_spec import models
 from miles_spec.config import ModelConfig
 from miles_spec.kernels.attention import NAME
@@ -46,8 +46,9 @@ def test_load(folder: Path, family: str) -> None:
     assert ("lm_head.weight" in dict(got.model.named_parameters())) == (not tied)
 
 
-def test_families_are_supported_and_draftable(family: str) -> None:
-    model = tiny_model(family)
+@pytest.mark.parametrize("kind", [*FAMILIES, "qwen3_moe", "glm4_moe", "deepseek_v3"])
+def test_families_are_supported_and_draftable(kind: str) -> None:
+    model = tiny_model(kind)
     check_supported(model, 256)
     check_draftable(model)
     assert model.config._attn_implementation == NAME

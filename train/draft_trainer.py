@@ -30,6 +30,8 @@ class Teacher:
 
     hidden: Tensor
     """`[T, H]` after the final norm, in the dtype of forward passes."""
+    states: Tensor
+    """`[T, S]` likewise, those that the draft reads."""
     lse: Tensor
     """`[T]` float32 by row: log-sum-exp of the row's tempered logits where it predicts a sampled token, else 0."""
     logprobs: Tensor
@@ -160,6 +162,7 @@ class DraftStep:
                 self._embed,
                 self._head,
                 teacher.hidden,
+                teacher.states,
                 batch.layout,
                 batch.tokens,
                 batch.loss_mask,

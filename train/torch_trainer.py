@@ -10,7 +10,7 @@ Dimensions: `T` tokens of a micro-batch, `N` of them sampled, `H` hidden size, `
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from miles_spec.config import RunConfig
+from miles_spec.draft import states
 from miles_spec.draft.modules import DraftHead
 from miles_spec.kernels.attention import PackedAttention
 from miles_spec.kernels.logprob import LogProbs, logprob
@@ -28,6 +29,8 @@ from miles_spec.train.draft_trainer import DraftStep, DraftTerms, DraftTrainer, 
 from miles_spec.train.losses import PolicyLoss, policy_loss
 from miles_spec.train.optimizer import AdamW
 from miles_spec.types import LossTerms, PackedBatch, Role
+
+_Lesson = tuple[PackedBatch, LogProbs, Teacher]
 
 
 class TorchTrainer:
@@ -41,8 +44,12 @@ class TorchTrainer:
         config: RunConfig,
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
+        *,
+        policy: bool = True,
     ) -> None:
         """Takes over `model` and `draft` and moves them to `device` in float32; `dtype` is that of forward passes.
+
+        Without `policy` the model only teaches the draft: there is no `step`, and the state does not hold it.
 
         With `train.kl_coef` above 0 the reference is a copy of `model` as it comes, so `model` must be the run's
         initial one, also on resuming: the state of a trainer does not hold the reference.
@@ -54,7 +61,7 @@ class TorchTrainer:
         self.draft_version = 0
         self.temperature = config.rollout.temperature or 1.0
         # never in training mode: the log-probabilities of a policy with dropout are not those its rollouts came from
-        self.model = model.to(device=self.device, dtype=torch.float32).eval().requires_grad_(True)
+        self.model = model.to(device=self.device, dtype=torch.float32).eval().requires_grad_(policy)
         self.reference = None
         if config.train.kl_coef:
             self.reference = copy.deepcopy(self.model).to(dtype).requires_grad_(False)
@@ -67,9 +74,11 @@ class TorchTrainer:
                     # its own flag alone, without which it does not checkpoint; its children stay in eval mode
                     module.training = True
         train = config.train
-        self.optimizer = AdamW(
-            dict(self.model.named_parameters()), betas=train.betas, weight_decay=train.weight_decay, clip=train.clip
-        )
+        self.optimizer = None
+        if policy:
+            self.optimizer = AdamW(
+                dict(self.model.named_parameters()), betas=train.betas, weight_decay=train.weight_decay, clip=train.clip
+            )
         self.draft = None if draft is None else DraftTrainer(draft, config, self.device, dtype)
 
     def step(self, batches: Sequence[PackedBatch]) -> LossTerms:
@@ -81,6 +90,7 @@ class TorchTrainer:
         Raises `FloatingPointError` if the policy's gradient is not finite; no weight has changed then. A draft whose
         gradient is not finite keeps its weights, and `draft_grad_norm` says so.
         """
+        assert self.optimizer is not None, "this trainer trains no policy"
         train = self.config.train
         draft = None
         if self.draft is not None:
@@ -92,7 +102,7 @@ class TorchTrainer:
             tokens = batch.loss_mask.nonzero().squeeze(1)
             if not len(tokens):
                 continue
-            hidden = self._hidden(self.model, batch)
+            hidden, read = self._states(batch)
             out = self._logprobs(self.model, hidden, batch, tokens)
             loss = policy_loss(
                 out.logprob,
@@ -109,7 +119,7 @@ class TorchTrainer:
             total.backward()
             tally.add(out, total.detach(), loss)
             if draft is not None:
-                draft.add(batch, _teacher(hidden, out, tokens))
+                draft.add(batch, _teacher(hidden, read, out, tokens))
         warmup = min(1.0, (self.version + 1) / max(1, train.lr_warmup_steps))
         norm = self.optimizer.step(train.lr * warmup)
         if not isfinite(norm):
@@ -129,37 +139,33 @@ class TorchTrainer:
         result = []
         for batch in batches:
             tokens = batch.layout.positions.nonzero().squeeze(1)
-            out = self._logprobs(model, self._hidden(model, batch), batch, tokens)
+            hidden, _ = self._run(model, None, batch)
+            out = self._logprobs(model, hidden, batch, tokens)
             result.append(_scatter(out.logprob, tokens, batch.layout.tokens))
         return result
 
     def warm_draft(self, batches: Sequence[PackedBatch], steps: int) -> Iterator[LossTerms]:
         """See `Trainer`. The policy's forward runs once per micro-batch, however many steps there are; the learning
-        rate falls linearly to 0, the loss is KL whatever `draft.loss` is, and of the terms only the draft's and the
-        entropy are filled in.
+        rate falls linearly to 0, the loss is KL whatever `draft.loss` is, and the terms are as in `train_draft`.
 
         Raises `ValueError` without a draft, or without a sampled token to learn from.
         """
-        if self.draft is None:
-            raise ValueError("there is no draft to warm up; set draft.enabled")
-        seen = []
-        for batch in batches:
-            tokens = batch.loss_mask.nonzero().squeeze(1)
-            if len(tokens):
-                with torch.no_grad():
-                    hidden = self._hidden(self.model, batch)
-                    out = self._logprobs(self.model, hidden, batch, tokens)
-                seen.append((batch, out, _teacher(hidden, out, tokens)))
-        if steps and not seen:
+        lessons = list(self._taught(batches))
+        if steps and not lessons:
             raise ValueError("the draft cannot warm up: none of the responses has a token")
         for step in range(steps):
-            batch, out, teacher = seen[step % len(seen)]
-            weights = embed_weight(self.model), head_weight(self.model)
-            draft = self.draft.begin(*weights, train=True, warm=True, lr_scale=1 - step / steps)
-            tally = _Tally(self.device)
-            tally.add(out)
-            draft.add(batch, teacher)
-            yield self._terms(tally, 0.0, draft)
+            yield self._draft_step([lessons[step % len(lessons)]], train=True, warm=True, lr_scale=1 - step / steps)
+
+    def train_draft(self, batches: Sequence[PackedBatch], *, lr_scale: float = 1.0) -> LossTerms:
+        """One optimizer step of the draft alone over all micro-batches, at `lr_scale` times `draft.lr` and with
+        `draft.loss`; of the terms only the draft's and the entropy are filled in. Raises `ValueError` without a draft.
+        """
+        return self._draft_step(self._taught(batches), train=True, lr_scale=lr_scale)
+
+    def estimate_draft(self, batches: Sequence[PackedBatch]) -> LossTerms:
+        """The estimates of `LossTerms.acceptance` on all micro-batches, and the entropy. Raises `ValueError` without a
+        draft."""
+        return self._draft_step(self._taught(batches), train=False)
 
     def freeze_draft(self) -> None:
         """Keeps a copy of the draft as it is now. Raises `ValueError` without a draft."""
@@ -215,7 +221,8 @@ class TorchTrainer:
         for name, tensor in owned.items():
             tensor.copy_(tensors[name])
         self.version = values["version"]
-        self.optimizer.set_steps(self.version)
+        if self.optimizer is not None:
+            self.optimizer.set_steps(self.version)
         if self.draft is not None:
             self.draft_version = values["draft_version"]
             self.draft.optimizer.set_steps(self.draft_version)
@@ -227,25 +234,55 @@ class TorchTrainer:
 
     def _owned(self) -> dict[str, Tensor]:
         """Every tensor of the state that has a fixed place in memory, by its name in a checkpoint."""
-        parts = {"policy": _tensors(self.model), "policy_optim": self.optimizer.state()}
+        parts: dict[str, dict[str, Tensor]] = {}
+        if self.optimizer is not None:
+            parts |= {"policy": _tensors(self.model), "policy_optim": self.optimizer.state()}
         if self.draft is not None:
             parts |= {"draft": _tensors(self.draft.draft), "draft_optim": self.draft.optimizer.state()}
             if self.draft.frozen is not None:
                 parts["frozen"] = _tensors(self.draft.frozen)
         return {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
 
-    def _hidden(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-        """`[T, H]` after the final norm, in the compute dtype."""
+    def _taught(self, batches: Iterable[PackedBatch]) -> Iterator[_Lesson]:
+        """What the draft learns from the batches that have a sampled token, without a gradient of the policy."""
+        for batch in batches:
+            tokens = batch.loss_mask.nonzero().squeeze(1)
+            if len(tokens):
+                with torch.no_grad():
+                    hidden, read = self._states(batch)
+                    out = self._logprobs(self.model, hidden, batch, tokens)
+                yield batch, out, _teacher(hidden, read, out, tokens)
+
+    def _draft_step(
+        self, lessons: Iterable[_Lesson], *, train: bool, warm: bool = False, lr_scale: float = 1.0
+    ) -> LossTerms:
+        if self.draft is None:
+            raise ValueError("there is no draft to train; set draft.enabled")
+        weights = embed_weight(self.model), head_weight(self.model)
+        draft = self.draft.begin(*weights, train=train, warm=warm, lr_scale=lr_scale)
+        tally = _Tally(self.device)
+        for batch, out, teacher in lessons:
+            tally.add(out)
+            draft.add(batch, teacher)
+        return self._terms(tally, 0.0, draft)
+
+    def _states(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Of the policy: `[T, H]` after the final norm and `[T, S]` that the draft reads, in the compute dtype."""
+        return self._run(self.model, None if self.draft is None else self.draft.draft, batch)
+
+    def _run(self, model: PreTrainedModel, head: DraftHead | None, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         layout = batch.layout
         with autocast(self.device, self.dtype):
-            out = trunk(model)(
+            hidden, read = states.run(
+                trunk(model),
+                head,
                 batch.tokens[None],
                 position_ids=layout.positions[None],
                 attend=PackedAttention(layout),
                 use_cache=False,
             )
-        hidden: Tensor = out.last_hidden_state[0]
-        return hidden.to(self.dtype)
+        last = hidden[0].to(self.dtype)
+        return last, last if read is hidden else read[0].to(self.dtype)
 
     def _logprobs(self, model: PreTrainedModel, hidden: Tensor, batch: PackedBatch, tokens: Tensor) -> LogProbs:
         """Of `tokens`, indices `[N]` into the batch, none the first of its segment; from the row before each."""
@@ -306,9 +343,10 @@ class _Tally:
         }
 
 
-def _teacher(hidden: Tensor, out: LogProbs, tokens: Tensor) -> Teacher:
+def _teacher(hidden: Tensor, read: Tensor, out: LogProbs, tokens: Tensor) -> Teacher:
     return Teacher(
         hidden=hidden.detach(),
+        states=read.detach(),
         lse=_scatter(out.lse, tokens - 1, len(hidden)),
         logprobs=_scatter(out.logprob.detach(), tokens - 1, len(hidden)),
     )

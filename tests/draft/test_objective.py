@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from conftest import FAMILIES as TARGETS
 from conftest import tiny_model
 from distributed import Ranks
+from miles_spec.draft import states
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.objective import DraftObjective, objective
-from miles_spec.draft.spec import EAGLE
+from miles_spec.draft.spec import EAGLE, EAGLE3, MIMO, NEXTN, QWEN_MTP, DraftSpec
 from miles_spec.draft.unroll import unroll
 from miles_spec.kernels.attention import PackedAttention
 from miles_spec.kernels.layout import PackedLayout
@@ -42,8 +44,8 @@ def _forward(model: Any, layout: PackedLayout, tokens: Tensor) -> Tensor:
 
 
 @cache
-def _pack(family: str = "llama", temperature: float = 1.0, sequences: int = 12) -> Pack:
-    model = tiny_model(family).requires_grad_(True)
+def _pack(family: str = "llama", temperature: float = 1.0, sequences: int = 12, layers: int = 2) -> Pack:
+    model = tiny_model(family, layers=layers).requires_grad_(True)
     g = torch.Generator().manual_seed(11)
     head = model.lm_head.weight
     rows = torch.randint(3, 61, (sequences, PROMPT), generator=g)
@@ -69,13 +71,40 @@ def _pack(family: str = "llama", temperature: float = 1.0, sequences: int = 12) 
     return Pack(model, args, temperature)
 
 
-def _head(pack: Pack, vocab_ids: Tensor | None = None) -> DraftHead:
-    return DraftHead.attach(pack.model, EAGLE, vocab_ids, generator=torch.Generator().manual_seed(0))
+def _layers(spec: DraftSpec) -> int:
+    return 4 if spec.reads == "aux" else 2
+
+
+def _head(pack: Pack, vocab_ids: Tensor | None = None, spec: DraftSpec = EAGLE) -> DraftHead:
+    head = DraftHead.attach(pack.model, spec, vocab_ids, generator=torch.Generator().manual_seed(0))
+    if head.lm_head is not None:
+        # trained: no longer the teacher's
+        with torch.no_grad():
+            head.lm_head.weight.add_(
+                0.1 * torch.randn(head.lm_head.weight.shape, generator=torch.Generator().manual_seed(3))
+            )
+    return head
+
+
+def _read(pack: Pack, head: DraftHead) -> Tensor:
+    """What `head` reads of the pack's target."""
+    layout, tokens = pack.args["layout"], pack.args["tokens"]
+    positions = layout.positions[None]
+    with torch.no_grad():
+        _, read = states.run(
+            pack.model.model,
+            head,
+            tokens[None],
+            position_ids=positions,
+            attend=PackedAttention(layout),
+            use_cache=False,
+        )
+    return read[0]
 
 
 def _objective(pack: Pack, head: DraftHead, **how: Any) -> DraftObjective:
     settings = dict(depth=DEPTH, loss="ramp", ramp=0.5, rule="rejection", temperature=pack.temperature)
-    return objective(head, **pack.args, **{**settings, **how})
+    return objective(head, states=_read(pack, head), **pack.args, **{**settings, **how})
 
 
 def _end_to_end(acceptances: list[list[Tensor]]) -> Tensor:
@@ -89,18 +118,26 @@ def _end_to_end(acceptances: list[list[Tensor]]) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("rule", ["greedy", "target", "rejection"])
-@pytest.mark.parametrize("reduced", [False, True])
-def test_losses_and_gradients_from_the_contract(rule: str, reduced: bool) -> None:
+@pytest.mark.parametrize(
+    ("spec", "rule", "reduced"),
+    [
+        *((EAGLE, rule, reduced) for rule in ("greedy", "target", "rejection") for reduced in (False, True)),
+        *((EAGLE3, "target", reduced) for reduced in (False, True)),
+        (NEXTN, "rejection", True),
+        (MIMO, "target", False),
+    ],
+)
+def test_losses_and_gradients_from_the_contract(rule: str, reduced: bool, spec: DraftSpec) -> None:
     """Labels, teachers and weights looked up row by row from the contract's text, gradients by plain autograd: those of
     `tv` are the gradients of the expected accepted tokens."""
-    pack = _pack(temperature=0.8)
+    pack = _pack(temperature=0.8, layers=_layers(spec))
     ids = torch.arange(0, 61, 2) if reduced else torch.arange(61)
-    head = _head(pack, ids if reduced else None)
+    head = _head(pack, ids if reduced else None, spec)
     a = pack.args
     targets = draft_targets(a["tokens"], a["loss_mask"], a["layout"], DEPTH)
-    unrolled = unroll(head, a["embed_weight"], a["hidden"], targets, a["layout"])
-    weight = a["lm_head_weight"][ids].double()
+    unrolled = unroll(head, a["embed_weight"], _read(pack, head), targets, a["layout"])
+    teaching = a["lm_head_weight"][ids].double()
+    weight = head.head_rows(a["lm_head_weight"]).double()
     sums = {name: [torch.zeros((), dtype=torch.float64) for _ in range(DEPTH)] for name in ("ce", "kl", "tv")}
     acceptances: dict[int, list[Tensor]] = {}
     counts = [0] * DEPTH
@@ -108,7 +145,7 @@ def test_losses_and_gradients_from_the_contract(rule: str, reduced: bool) -> Non
         state = unrolled.flat[unrolled.index(torch.tensor(d), torch.tensor(t))].double()
         u = t + d + 1
         label = (ids == a["tokens"][u + 1]).nonzero().flatten().tolist()
-        logits, teacher = (weight @ x / 0.8 for x in (state, a["hidden"][u].double()))
+        logits, teacher = weight @ state / 0.8, teaching @ a["hidden"][u].double() / 0.8
         scores = {"lse": a["lse"][u].double(), "label_logprob": a["logprobs"][u].double()}
         row = losses.draft_row(logits, teacher, label[0] if label else -1, rule, **scores)
         for name in sums:
@@ -140,7 +177,7 @@ def test_estimate_by_hand_for_the_target_rule() -> None:
         got = _objective(pack, head, rule="target")
         targets = draft_targets(a["tokens"], a["loss_mask"], a["layout"], DEPTH)
         right: dict[tuple[int, int], bool] = {}
-        unrolled = unroll(head, a["embed_weight"], a["hidden"], targets, a["layout"])
+        unrolled = unroll(head, a["embed_weight"], _read(pack, head), targets, a["layout"])
         for d, t in targets.mask.nonzero().tolist():
             state = unrolled.flat[unrolled.index(torch.tensor(d), torch.tensor(t))]
             right[d + 1, t] = bool((a["lm_head_weight"] @ state).argmax() == a["tokens"][t + d + 2])
@@ -156,31 +193,42 @@ def test_estimate_by_hand_for_the_target_rule() -> None:
     assert accepted > 0 and (got.estimate.accepted, got.estimate.verify_steps) == (accepted, steps)
 
 
-@pytest.mark.parametrize("loss", ["ce", "kl", "tv", "ramp"])
-def test_no_gradient_leaves_the_draft(family: str, loss: str) -> None:
-    pack = _pack(family, sequences=3)
-    head = _head(pack)
+@pytest.mark.parametrize(
+    ("kind", "spec", "loss"),
+    [
+        *((kind, EAGLE, "ramp") for kind in TARGETS),
+        *(("llama", EAGLE3, loss) for loss in ("ce", "kl", "tv", "ramp")),
+        ("qwen2", MIMO, "ramp"),
+        ("gemma", QWEN_MTP, "ramp"),
+        ("glm4_moe", NEXTN, "ramp"),
+    ],
+)
+def test_no_gradient_leaves_the_draft(kind: str, loss: str, spec: DraftSpec) -> None:
+    pack = _pack(kind, sequences=3, layers=_layers(spec))
+    head = _head(pack, spec=spec)
     # even where the caller forgot to detach the LM head, the teacher or its scores
     args = {**pack.args, "lm_head_weight": pack.model.lm_head.weight}
     args["lse"] = pack.args["lse"].clone().requires_grad_()
+    args["states"] = _read(pack, head)
     objective(head, **args, depth=DEPTH, loss=loss, ramp=0.5, rule="rejection", temperature=1.0).loss_sum.backward()
     assert all(p.grad is None for p in pack.model.parameters()) and args["lse"].grad is None
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
 
 
 def _share(
-    group: dist.ProcessGroup, sharding: Any, sampled: int
+    group: dist.ProcessGroup, sharding: Any, sampled: int, spec: DraftSpec
 ) -> tuple[float, list[int], tuple[float, float], list[Tensor]]:
     """What one rank of a context-parallel group finds for its part of the pack, of which the last `sampled` segments
     have sampled tokens."""
-    pack = _pack()
+    pack = _pack(layers=_layers(spec))
+    head = _head(pack, spec=spec)
     whole = pack.args["layout"]
     lengths = whole.lengths
     counted = pack.args["loss_mask"] & (whole.segments >= len(lengths) - sampled)
     layout = PackedLayout.make(lengths, halo=DEPTH + 1, sharding=sharding, cp_group=group)
     shared = {k: layout.shard(pack.args[k]) for k in ("hidden", "tokens", "lse", "logprobs")}
+    shared["states"] = layout.shard(_read(pack, head))
     shared["loss_mask"] = layout.shard(counted)
-    head = _head(pack)
     settings = dict(depth=DEPTH, loss="ramp", ramp=0.5, rule="rejection", temperature=1.0)
     got = objective(head, **{**pack.args, **shared, "layout": layout}, **settings)
     got.loss_sum.backward()
@@ -188,15 +236,21 @@ def _share(
     return float(got.loss_sum.detach()), list(got.rows), estimate, [p.grad for p in head.parameters()]
 
 
-@pytest.mark.parametrize("sampled", [12, 2])
-@pytest.mark.parametrize("sharding", ["zigzag", "contiguous"])
-def test_ranks_of_a_cut_pack_add_up(sharding: str, sampled: int, ranks: Ranks) -> None:
+@pytest.mark.parametrize(
+    ("sharding", "sampled", "spec"),
+    [
+        *((sharding, sampled, EAGLE) for sharding in ("zigzag", "contiguous") for sampled in (12, 2)),
+        ("zigzag", 12, EAGLE3),
+        ("contiguous", 12, MIMO),
+    ],
+)
+def test_ranks_of_a_cut_pack_add_up(sharding: str, sampled: int, spec: DraftSpec, ranks: Ranks) -> None:
     """Four ranks include some without a row that counts: the first, where few segments have sampled tokens, or whose
     chunks are a segment's prompt and padding."""
-    ((loss, rows, estimate, grads),) = ranks.run(_share, 1, sharding, sampled)
+    ((loss, rows, estimate, grads),) = ranks.run(_share, 1, sharding, sampled, spec)
     assert estimate[0] > 0
     for size in (2, 4):
-        shares = ranks.run(_share, size, sharding, sampled)
+        shares = ranks.run(_share, size, sharding, sampled, spec)
         if size == 4:
             assert (min(s[1][0] for s in shares) == 0) == (sampled == 2 or sharding == "zigzag")
         assert sum(s[0] for s in shares) == pytest.approx(loss, rel=1e-5)
@@ -209,7 +263,7 @@ def test_ranks_of_a_cut_pack_add_up(sharding: str, sampled: int, ranks: Ranks) -
 def test_an_empty_mask_gives_zero() -> None:
     pack = _pack()
     head = _head(pack)
-    args = {**pack.args, "loss_mask": torch.zeros_like(pack.args["loss_mask"])}
+    args = {**pack.args, "states": _read(pack, head), "loss_mask": torch.zeros_like(pack.args["loss_mask"])}
     got = objective(head, **args, depth=DEPTH, loss="ramp", ramp=0.5, rule="target", temperature=1.0)
     got.loss_sum.backward()
     assert got.loss_sum == 0 and got.rows == (0, 0, 0) and got.loss_by_depth.tolist() == [0, 0, 0]

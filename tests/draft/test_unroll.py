@@ -6,10 +6,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import FAMILIES as TARGETS
 from conftest import tiny_model
 from distributed import Ranks
 from miles_spec.draft.modules import DraftHead
-from miles_spec.draft.spec import EAGLE
+from miles_spec.draft.spec import EAGLE, EAGLE3, MIMO, NEXTN, QWEN_MTP, DraftSpec
 from miles_spec.draft.unroll import Unrolled, unroll
 from miles_spec.kernels.layout import PackedLayout, Sharding
 from miles_spec.kernels.shift import DraftTargets, draft_targets
@@ -17,18 +18,18 @@ from oracles.numbers import relative_error
 from oracles.serving import draft_states
 
 
-def _head(family: str = "llama") -> tuple[DraftHead, Tensor]:
+def _head(family: str = "llama", spec: DraftSpec = EAGLE) -> tuple[DraftHead, Tensor]:
     """In float64, with the embedding."""
-    model = tiny_model(family).double()
-    head = DraftHead.attach(model, EAGLE, generator=torch.Generator().manual_seed(0))
+    model = tiny_model(family, layers=4 if spec.reads == "aux" else 2).double()
+    head = DraftHead.attach(model, spec, generator=torch.Generator().manual_seed(0))
     return head, model.get_input_embeddings().weight.detach()
 
 
-def _pack(lengths: list[int], prompt: int = 2) -> tuple[PackedLayout, Tensor, Tensor, Tensor]:
+def _pack(lengths: list[int], prompt: int = 2, width: int = 32) -> tuple[PackedLayout, Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(4)
     layout = PackedLayout.make(lengths)
     tokens = torch.randint(0, 61, (layout.tokens,), generator=g)
-    return layout, tokens, layout.positions >= prompt, torch.randn(layout.tokens, 32, generator=g).double()
+    return layout, tokens, layout.positions >= prompt, torch.randn(layout.tokens, width, generator=g).double()
 
 
 def _counting(unrolled: Unrolled, targets: DraftTargets) -> list[tuple[Tensor, Tensor]]:
@@ -37,9 +38,20 @@ def _counting(unrolled: Unrolled, targets: DraftTargets) -> list[tuple[Tensor, T
     return [(r, unrolled.flat[unrolled.index(torch.full_like(r, d), r)]) for d, r in enumerate(rows)]
 
 
-def test_every_depth_computes_what_serving_computes(family: str) -> None:
-    head, embed = _head(family)
-    layout, tokens, loss_mask, hidden = _pack([7, 0, 3, 9, 1])
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        *((kind, EAGLE) for kind in TARGETS),
+        ("qwen3", EAGLE3),
+        ("qwen2", MIMO),
+        ("gemma", QWEN_MTP),
+        ("glm4_moe", NEXTN),
+        ("deepseek_v3", NEXTN),
+    ],
+)
+def test_every_depth_computes_what_serving_computes(kind: str, spec: DraftSpec) -> None:
+    head, embed = _head(kind, spec)
+    layout, tokens, loss_mask, hidden = _pack([7, 0, 3, 9, 1], width=head.width)
     targets = draft_targets(tokens, loss_mask, layout, 4)
     compared = 0
     with torch.no_grad():

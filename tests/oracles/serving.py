@@ -23,20 +23,22 @@ class Cache:
 
 
 def draft_states(head, embed_weight: Tensor, hidden: Tensor, tokens: Tensor, row: int, depth: int) -> list[Tensor]:  # type: ignore[no-untyped-def]
-    """`depth` states `[H]` of the block that starts at `row` of one segment, whose tokens the target confirms.
+    """`depth` states `[H]` for the LM head, of the block that starts at `row` of one segment, whose tokens the target
+    confirms.
 
-    `hidden` `[L, H]` and `tokens` `[L]` of the segment. Rows `0..row` are fed with the target's hidden states, then the
-    draft feeds itself.
+    `hidden` `[L, S]`, what `head` reads, and `tokens` `[L]` of the segment. Rows `0..row` are fed with the target's
+    states, then the draft feeds itself.
     """
     cache = Cache()
 
-    def step(token: Tensor, state: Tensor, position: int) -> Tensor:
-        return head(embed_weight[token][None, None], state[None, None], torch.tensor([[position]]), cache)[0, 0]
+    def step(token: Tensor, state: Tensor, position: int) -> list[Tensor]:
+        both = head(embed_weight[token][None, None], state[None, None], torch.tensor([[position]]), cache)
+        return [x[0, 0] for x in both]
 
     for t in range(row + 1):
-        state = step(tokens[t + 1], hidden[t], t)
-    states = [state]
+        state, out = step(tokens[t + 1], head.enter(hidden[t]), t)
+    outs = [out]
     for d in range(1, depth):
-        state = step(tokens[row + d + 1], state, row + d)
-        states.append(state)
-    return states
+        state, out = step(tokens[row + d + 1], state, row + d)
+        outs.append(out)
+    return outs

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import tiny_config, tiny_model, tiny_tokenizer
+from miles_spec.draft import states
 from miles_spec.draft.modules import DraftHead
-from miles_spec.draft.spec import EAGLE
+from miles_spec.draft.objective import DraftObjective, objective
+from miles_spec.draft.spec import EAGLE, EAGLE3, MIMO, NEXTN, QWEN_MTP, DraftSpec
 from miles_spec.kernels.attention import NAME, PackedAttention
 from miles_spec.kernels.layout import PackedLayout
+from miles_spec.kernels.logprob import logprob
 from miles_spec.rollout import embedded
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.engine import Engine
@@ -23,10 +27,12 @@ from miles_spec.types import Completion, Request, Sampling, SpecCounts
 from oracles.statistics import fits
 
 
-def make(family: str = "llama", *, vocab_ids: torch.Tensor | None = None, **settings: object) -> EmbeddedEngine:
+def make(
+    family: str = "llama", *, spec: DraftSpec = EAGLE, vocab_ids: torch.Tensor | None = None, **settings: object
+) -> EmbeddedEngine:
     """An engine in float64 over the family's tiny model, with a fresh draft, a prefill of 8 tokens at a time."""
-    model = tiny_model(family, torch.float64)
-    draft = DraftHead.attach(model, EAGLE, vocab_ids, torch.Generator().manual_seed(0))
+    model = tiny_model(family, torch.float64, layers=4 if spec.reads == "aux" else 2)
+    draft = DraftHead.attach(model, spec, vocab_ids, torch.Generator().manual_seed(0))
     defaults = {"eos_ids": (2,), "dtype": torch.float64, "max_context": 96, "prefill_chunk_tokens": 8}
     return EmbeddedEngine(model, draft, **{**defaults, **settings})  # type: ignore[arg-type]
 
@@ -69,6 +75,90 @@ def test_greedy_equals_generate_of_transformers(family: str, depth: int, running
         assert got.finish == ("stop" if got.tokens[-1] == 2 else "length")
 
 
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("llama", EAGLE3),
+        ("qwen3", EAGLE3),
+        ("deepseek_v3", EAGLE),
+        ("qwen2", MIMO),
+        ("glm4_moe", NEXTN),
+        ("deepseek_v3", NEXTN),
+        ("gemma", QWEN_MTP),
+    ],
+)
+def test_every_family_leaves_greedy_tokens_as_they_are(kind: str, spec: DraftSpec) -> None:
+    expected = make(kind, spec=spec, depth=0).generate(requests(temperature=0.0))
+    vocabularies = (None, torch.arange(0, 61, 2)) if spec.own_head else (None,)
+    for vocab_ids in vocabularies:
+        engine = make(kind, spec=spec, vocab_ids=vocab_ids, depth=3, max_running=3)
+        got = engine.generate(requests(temperature=0.0))
+        assert [c.tokens for c in got] == [c.tokens for c in expected]
+        assert sum(c.spec.verify_steps for c in got) > 0
+
+
+def test_a_draft_may_have_other_heads_than_its_target() -> None:
+    model = tiny_model("llama", torch.float64)
+    layer = tiny_config("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=20, intermediate_size=24)
+    torch.manual_seed(0)
+    draft = DraftHead(EAGLE, model.config, layer_config=layer).double()
+    engine = EmbeddedEngine(model, draft, dtype=torch.float64, depth=3, eos_ids=(2,), max_context=96)
+    got = engine.generate(requests())
+    assert [c.tokens for c in got] == [c.tokens for c in make(depth=0).generate(requests())]
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"), [("llama", EAGLE), ("qwen3", EAGLE3), ("qwen2", MIMO), ("llama", NEXTN), ("glm4_moe", NEXTN)]
+)
+def test_the_estimate_of_acceptance_is_the_engines_count(kind: str, spec: DraftSpec) -> None:
+    """At temperature 0 and in float32, at every depth: training unrolls what serving runs. The draft learns a little
+    before, so that blocks of every length stand."""
+    model = tiny_model(kind, layers=4 if spec.reads == "aux" else 2)
+    draft = DraftHead.attach(model, spec, generator=torch.Generator().manual_seed(0))
+    if spec.feeds == "pre_norm":
+        with torch.no_grad():
+            # so that what is fed back and what the LM head sees are far apart
+            draft.norm.weight.mul_(torch.tensor([1.0, -1.0]).repeat(16))
+            draft.lm_head.weight.mul_(torch.tensor([1.0, -1.0]).repeat(16))
+    asked = requests(8, temperature=0.0, ignore_eos=True)
+    engine = EmbeddedEngine(model, None, max_context=96, prefill_chunk_tokens=8)
+    answers = [c.tokens for c in engine.generate(asked)]
+
+    segments = [(r.tokens, a) for r, a in zip(asked, answers, strict=True)]
+    layout = PackedLayout.make([len(p) + len(a) for p, a in segments])
+    tokens = torch.tensor([t for p, a in segments for t in p + a])
+    mask = torch.tensor([sampled for p, a in segments for sampled in [False] * len(p) + [True] * len(a)])
+    head = model.get_output_embeddings().weight.detach()
+    with torch.no_grad():
+        positions, attend = layout.positions[None], PackedAttention(layout)
+        out = states.run(model.model, draft, tokens[None], position_ids=positions, attend=attend, use_cache=False)
+        hidden, read = (x[0] for x in out)
+        scored = logprob(hidden, head, tokens.roll(-1), temperature=1.0)
+    pack = (model.get_input_embeddings().weight.detach(), head, hidden, read, layout, tokens, mask)
+
+    def found(rule: str) -> DraftObjective:
+        settings: Any = {"depth": 3, "loss": "ce", "ramp": 0.0, "rule": rule, "temperature": 1.0}
+        return objective(draft, *pack, scored.lse, scored.logprob, **settings)
+
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
+    for _ in range(12):
+        optimizer.zero_grad()
+        got = found("greedy")
+        (got.loss_sum / got.rows[0]).backward()
+        optimizer.step()
+    engine.attach_draft(draft)
+    engine.set_draft_depth(3)
+    for rule in ("greedy", "target"):
+        engine.rule = rule  # type: ignore[assignment]
+        completions = engine.generate(asked)
+        assert [c.tokens for c in completions] == answers
+        counts = sum((c.spec for c in completions), SpecCounts())
+        assert min(counts.accepted) > 0 and counts.accept_rates[0] < 0.95
+        with torch.no_grad():
+            estimate = found(rule).estimate
+        assert (estimate.accepted, estimate.verify_steps) == (sum(counts.accepted), counts.verify_steps)
+
+
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.8}, {"top_k": 5, "temperature": 0.7}])
 def test_sampled_tokens_do_not_depend_on_depth_batch_or_company(settings: dict[str, object]) -> None:
     asked = requests(**settings)
@@ -78,11 +168,13 @@ def test_sampled_tokens_do_not_depend_on_depth_batch_or_company(settings: dict[s
         assert [c.tokens for c in got] == expected
 
 
-def test_rejection_follows_the_target_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("spec", "layers"), [(EAGLE, 2), (EAGLE3, 4)], ids=["eagle", "eagle3"])
+def test_rejection_follows_the_target_exactly(spec: DraftSpec, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All sequences of three tokens over a vocabulary of six, by enumeration; fails by chance once in a million runs,
     and catches a broken verifier."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(tiny_config("llama", vocab_size=6), attn_implementation=NAME).double()
+    config = tiny_config("llama", vocab_size=6, num_hidden_layers=layers)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -98,7 +190,7 @@ def test_rejection_follows_the_target_exactly(monkeypatch: pytest.MonkeyPatch) -
 
     sampling = Sampling(max_new_tokens=3, ignore_eos=True)
     asked = [Request(id=str(i), tokens=prompt, sampling=sampling, seed=i) for i in range(8000)]
-    draft = DraftHead.attach(model, EAGLE, generator=torch.Generator().manual_seed(0))
+    draft = DraftHead.attach(model, spec, generator=torch.Generator().manual_seed(0))
     engine = EmbeddedEngine(
         model, draft, dtype=torch.float64, depth=2, max_running=500, rule="rejection", max_context=16
     )

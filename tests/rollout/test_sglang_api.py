@@ -28,6 +28,8 @@ def test_features_are_what_the_server_says(version: str, selector: bool) -> None
     assert (features.version, features.selector, features.ranks, features.depth) == (version, selector, 2, 2)
     assert "admin" not in json.dumps(dict(features.info)) and "admin" not in repr(features)
     check_served(features)
+    with serving(version=version, depth=2, info={"speculative_algorithm": "EAGLE3"}) as fake:
+        check_served(Api(fake.url, KEYS).features())
 
 
 @pytest.mark.parametrize(

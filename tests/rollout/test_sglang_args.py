@@ -47,9 +47,17 @@ def test_a_drafting_server_verifies_one_token_more_than_it_drafts(depth: int) ->
 def test_rule_vocabulary_and_memory_have_their_flags() -> None:
     assert "--speculative-use-rejection-sampling" in made(replace(DRAFTING, rule="rejection"), 2)
     assert value(made(replace(DRAFTING, token_map="/t.pt"), 2), "--speculative-token-map") == "/t.pt"
-    argv = made(replace(DRAFTING, release=True), 2)
+    assert value(made(DRAFTING, 2), "--speculative-algorithm") == "EAGLE"
+    assert "--speculative-draft-load-format" not in made(DRAFTING, 2)
+    own = made(replace(DRAFTING, algorithm="EAGLE3", draft_vocabulary=True), 2)
+    assert value(own, "--speculative-algorithm") == "EAGLE3"
+    assert value(own, "--speculative-draft-load-format") == "auto"
+    argv = made(replace(DRAFTING, release=("weights", "kv_cache")), 2)
     assert {"--enable-memory-saver", "--enable-weights-cpu-backup", "--enable-draft-weights-cpu-backup"} <= set(argv)
-    assert "--enable-draft-weights-cpu-backup" not in made(replace(SETTINGS, release=True))
+    assert "--enable-draft-weights-cpu-backup" not in made(replace(SETTINGS, release=("weights", "kv_cache")))
+    cache = made(replace(DRAFTING, release=("kv_cache",)), 2)
+    assert "--enable-memory-saver" in cache and not any("backup" in flag for flag in cache)
+    assert not any("saver" in flag for flag in made(DRAFTING, 2))
 
 
 def test_the_users_table_comes_on_top() -> None:
@@ -88,7 +96,7 @@ def test_the_users_speculative_settings_wait_for_a_draft() -> None:
         ("speculative_accept_threshold_single", 0.9, "must be 1"),
         ("speculative_accept_threshold_acc", 0.5, "would not have sampled"),
         ("speculative_eagle_topk", 4, "tree"),
-        ("speculative_ngram_capacity", 4, "EAGLE"),
+        ("speculative_ngram_capacity", 4, "draft.family"),
         ("speculative_adaptive", True, "depth"),
         ("skip_tokenizer_init", True, "stop strings"),
         ("dp_size", 2, "fleet.engines"),
@@ -110,8 +118,10 @@ def test_lossy_environment_variables_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_rejection_over_a_reduced_vocabulary_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"draft\.vocab_size"):
-        check(replace(DRAFTING, rule="rejection", token_map="/t.pt"))
+    for reduced in (replace(DRAFTING, token_map="/t.pt"), replace(DRAFTING, algorithm="EAGLE3", draft_vocabulary=True)):
+        check(reduced)
+        with pytest.raises(ValueError, match=r"draft\.vocab_size"):
+            check(replace(reduced, rule="rejection"))
 
 
 def test_a_platform_that_verifies_greedily_is_refused_where_tokens_are_sampled() -> None:

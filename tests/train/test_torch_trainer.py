@@ -13,11 +13,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from conftest import FAMILIES as TARGETS
 from conftest import tiny_model
 from miles_spec.config import DraftConfig, RolloutConfig, RunConfig, TrainConfig
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.objective import objective
-from miles_spec.draft.spec import EAGLE
+from miles_spec.draft.spec import EAGLE, EAGLE3, FAMILIES, NEXTN, DraftSpec
 from miles_spec.models import embed_weight, head_weight
 from miles_spec.train import draft_trainer
 from miles_spec.train.base import Trainer
@@ -30,6 +31,9 @@ from oracles.samples import sample as make_sample
 
 LENGTHS = [(4, 7), (3, 1), (5, 0), (1, 9), (6, 4)]
 ADVANTAGES = [1.0, -0.5, 2.0, 0.25, -1.5]
+DRAFTS = [*((family, EAGLE) for family in TARGETS), ("qwen3", EAGLE3), ("glm4_moe", NEXTN)]
+with_drafts = pytest.mark.parametrize(("family", "spec"), DRAFTS, ids=[f"{f}-{s.family}" for f, s in DRAFTS])
+"""Every target with one family of drafts, and what differs most from it: an LM head of its own, and experts."""
 
 
 def config(*, rollout: dict[str, Any] | None = None, draft: dict[str, Any] | None = None, **train: Any) -> RunConfig:
@@ -41,10 +45,15 @@ def config(*, rollout: dict[str, Any] | None = None, draft: dict[str, Any] | Non
 
 
 def trainer(
-    run: RunConfig, *, family: str = "llama", draft: bool = True, dtype: torch.dtype = torch.float32
+    run: RunConfig,
+    *,
+    family: str = "llama",
+    draft: bool = True,
+    spec: DraftSpec = EAGLE,
+    dtype: torch.dtype = torch.float32,
 ) -> TorchTrainer:
-    model = tiny_model(family)
-    head = DraftHead.attach(model, EAGLE, None, torch.Generator().manual_seed(1)) if draft else None
+    model = tiny_model(family, layers=4 if spec.reads == "aux" else 2)
+    head = DraftHead.attach(model, spec, None, torch.Generator().manual_seed(1)) if draft else None
     return TorchTrainer(model, head, run, "cpu", dtype)
 
 
@@ -198,11 +207,14 @@ def test_reference_stays_at_step_zero() -> None:
         trainer(config(), draft=False).logprobs([batch], reference=True)
 
 
+@with_drafts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_policy_is_the_same_bit_for_bit_with_and_without_draft_training(family: str, dtype: torch.dtype) -> None:
+def test_policy_is_the_same_bit_for_bit_with_and_without_draft_training(
+    family: str, spec: DraftSpec, dtype: torch.dtype
+) -> None:
     results = []
     for options, present in (({}, True), ({"train": False}, True), ({}, False)):
-        subject = trainer(config(draft=options), family=family, draft=present, dtype=dtype)
+        subject = trainer(config(draft=options), family=family, draft=present, spec=spec, dtype=dtype)
         fresh = copies(subject.draft.draft) if subject.draft else {}
         if present:
             subject.freeze_draft()
@@ -230,6 +242,19 @@ def test_draft_leaves_no_gradient_elsewhere() -> None:
     assert gradients(subject.draft.draft)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
+def test_every_parameter_of_a_draft_learns(spec: DraftSpec, dtype: torch.dtype) -> None:
+    subject = trainer(config(draft={"loss": "kl"}), family="qwen2", spec=spec, dtype=dtype)
+    before = copies(subject.draft.draft)
+    for _ in range(2):
+        subject.step(batches())
+    moved = {n for n, p in copies(subject.draft.draft).items() if not torch.equal(p, before[n])}
+    assert moved == before.keys()
+    assert ("lm_head.weight" in moved) == spec.own_head
+    assert all(g.any() for g in gradients(subject.draft.draft).values())
+
+
 @pytest.mark.parametrize("loss", ["ce", "kl", "tv", "ramp"])
 def test_draft_gradient_is_the_objective_over_the_rows_of_all_micro_batches(loss: str) -> None:
     subject = trainer(config(draft={"loss": loss}))
@@ -237,7 +262,7 @@ def test_draft_gradient_is_the_objective_over_the_rows_of_all_micro_batches(loss
     head = DraftHead.attach(subject.model, EAGLE, None, torch.Generator().manual_seed(1))
     sampled = whole.loss_mask.nonzero().squeeze(1)
     with torch.no_grad():
-        hidden = subject._hidden(subject.model, whole)
+        hidden, states = subject._states(whole)
         logits = hidden @ head_weight(subject.model).T
     logprobs = torch.zeros(len(hidden))
     logprobs[sampled] = torch.log_softmax(logits, -1)[sampled - 1, whole.tokens[sampled]]
@@ -246,6 +271,7 @@ def test_draft_gradient_is_the_objective_over_the_rows_of_all_micro_batches(loss
         embed_weight(subject.model).detach(),
         head_weight(subject.model).detach(),
         hidden,
+        states,
         whole.layout,
         whole.tokens,
         whole.loss_mask,
@@ -441,8 +467,9 @@ def test_what_needs_a_draft_says_so() -> None:
             act()
 
 
+@with_drafts
 @pytest.mark.parametrize("k", [0, 1, 3])
-def test_resume_is_bit_for_bit(family: str, k: int) -> None:
+def test_resume_is_bit_for_bit(family: str, spec: DraftSpec, k: int) -> None:
     steps = [batches(random_samples(LENGTHS, seed=seed)) for seed in range(5)]
     run = config(kl_coef=0.1, lr_warmup_steps=3, weight_decay=0.1, clip=0.5, draft={"clip": 0.5, "weight_decay": 0.1})
 
@@ -455,7 +482,7 @@ def test_resume_is_bit_for_bit(family: str, k: int) -> None:
         return out
 
     def warmed() -> TorchTrainer:
-        subject = trainer(run, family=family)
+        subject = trainer(run, family=family, spec=spec)
         list(subject.warm_draft(steps[0], 1))
         subject.freeze_draft()
         return subject
@@ -467,7 +494,7 @@ def test_resume_is_bit_for_bit(family: str, k: int) -> None:
     tensors, values = first.state()
     data, text = safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()}), json.dumps(values)
     draw = torch.rand(3)
-    second = trainer(run, family=family)
+    second = trainer(run, family=family, spec=spec)
     second.load_state(safetensors.torch.load(data), json.loads(text))
     assert torch.equal(torch.rand(3), draw)
     got += go(second, steps[k:])
@@ -475,6 +502,7 @@ def test_resume_is_bit_for_bit(family: str, k: int) -> None:
     assert (second.version, second.draft_version) == (5, 6)
     a, b = whole.state()[0], second.state()[0]
     a.pop("random.cpu"), b.pop("random.cpu")
+    assert ("draft_optim.lm_head.weight.exp_avg" in a) == spec.own_head
     assert any(n.startswith("frozen.") for n in a) and "policy_optim.model.norm.weight.exp_avg_sq" in a
     assert_same(a, b)
     assert whole.state()[1] == second.state()[1]
