@@ -91,7 +91,7 @@ def _with_two_servers(config: RunConfig, batch: int) -> RunConfig:
     if "mem_fraction_static" not in with_underscores(sglang):
         sglang = {**sglang, "mem_fraction_static": SHARE_OF_MEMORY}
     rollout = replace(config.rollout, max_running=max(config.rollout.max_running, batch))
-    return replace(config, rollout=rollout, fleet=replace(config.fleet, release=False), sglang=sglang)
+    return replace(config, rollout=rollout, fleet=replace(config.fleet, release="nothing"), sglang=sglang)
 
 
 def measure(run: Run, batches: Sequence[int], turns: int, requests: int, progress: Any = None) -> list[Row]:

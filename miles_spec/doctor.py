@@ -160,9 +160,14 @@ def shared_memory(fleet: FleetConfig, folder: Path = Path("/dev/shm")) -> Iterat
 
 def flags(config: RunConfig, known: Installed) -> Iterator[Finding]:
     """Whether this SGLang has every argument that a run may give, and those of `[sglang]`."""
-    all_on = ServerSettings(model_path="m", draft_path="d", context_length=CONTEXT, max_running=1, release=True)
+    released = ("weights", "kv_cache")
+    all_on = ServerSettings(model_path="m", draft_path="d", context_length=CONTEXT, max_running=1, release=released)
     anywhere = replace(known, platforms=())
-    for settings in (replace(all_on, token_map="t"), replace(all_on, rule="rejection")):
+    for settings in (
+        replace(all_on, token_map="t"),
+        replace(all_on, algorithm="EAGLE3", draft_vocabulary=True),
+        replace(all_on, rule="rejection"),
+    ):
         try:
             arguments(settings, DEPTH, anywhere, host="127.0.0.1", port=1)
         except ValueError as error:

@@ -23,7 +23,7 @@ import torch
 from miles_spec import checkpoint, models
 from miles_spec.assemble import assemble, context_tokens
 from miles_spec.config import RunConfig
-from miles_spec.draft.export import TOKEN_MAP, export, served_tensors
+from miles_spec.draft.export import export, served_target, served_tensors
 from miles_spec.draft.modules import DraftHead
 from miles_spec.live import LiveTable
 from miles_spec.rollout import router
@@ -32,7 +32,7 @@ from miles_spec.rollout.launch import ADMIN_KEY, API_KEY
 from miles_spec.rollout.sglang import SGLangServer
 from miles_spec.rollout.sglang_api import Keys
 from miles_spec.rollout.sglang_args import with_underscores
-from miles_spec.serving import Serving, Weights
+from miles_spec.serving import Serving, Weights, drafting
 from miles_spec.types import Receipt, RunError
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Policy:
 
     def weights(self) -> Weights:
         """What the servers are sent."""
-        target = {name: tensor.detach() for name, tensor in self.loaded.model.named_parameters()}
+        target = dict(served_target(self.loaded.model))
         head = models.head_weight(self.loaded.model)
         draft = None if self.draft is None else dict(served_tensors(self.draft, head))
         return Weights(version=self.version, target=target, draft_version=self.draft_version, draft=draft)
@@ -67,10 +67,9 @@ class Hosted(Serving):
         """See `Serving`. Starts nothing yet."""
         super().__init__(config, policy.loaded, folder, max_context, policy.weights, keys)
         if policy.draft is not None:
-            export(policy.draft, folder / "draft", dtype=self._dtype)
-            token_map = str(folder / "draft" / TOKEN_MAP) if policy.draft.vocab_ids is not None else ""
+            export(policy.draft, folder / "draft", dtype=self._dtype, tokenizer=policy.loaded.tokenizer)
             for server in self._servers:
-                server.settings = replace(server.settings, draft_path=str(folder / "draft"), token_map=token_map)
+                server.settings = drafting(server.settings, policy.draft, folder / "draft")
                 server.draft_depth = config.draft.num_steps
             self.fleet.draft_depth = config.draft.num_steps
 
@@ -155,7 +154,7 @@ def alone(config: RunConfig) -> RunConfig:
     sglang = {"enable_metrics": True, **with_underscores(config.sglang)}
     if torch.cuda.is_available():
         sglang.setdefault("mem_fraction_static", SHARE_OF_MEMORY)
-    return replace(config, sglang=sglang, fleet=replace(config.fleet, release=False))
+    return replace(config, sglang=sglang, fleet=replace(config.fleet, release="nothing"))
 
 
 def write_keys(keys: Keys, path: Path) -> None:

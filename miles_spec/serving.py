@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from miles_spec.config import RunConfig
-from miles_spec.draft.export import TOKEN_MAP, check_served, export, export_target
+from miles_spec.draft.export import TOKEN_MAP, algorithm, check_served, export, export_target
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import FAMILIES
 from miles_spec.models import Loaded
@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 TRAINED_BYTES = 12
 """Per weight, what training adds beside the weights themselves: a gradient and two moments in float32."""
+
+RELEASED = {"kv_cache": ("kv_cache",), "all": ("weights", "kv_cache"), "nothing": ()}
+"""`fleet.release` to SGLang's tags."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +82,8 @@ class Serving:
         `keys`, by default new ones. Raises `ValueError` for GPUs that are not there or have no room, and for a model
         that SGLang has no draft for.
         """
-        if config.draft.enabled:
-            check_served(loaded.model.config.model_type, FAMILIES[config.draft.family])
+        if config.draft.enabled and not config.draft.path:  # a draft from a folder was checked when it was read
+            check_served(loaded.model.config.model_type, FAMILIES[config.draft.fresh_family])
         self.weights = weights
         self._loaded = loaded
         self._max_context = max_context
@@ -97,7 +100,7 @@ class Serving:
                 f"fleet.gpus puts some servers on the trainer's GPU {here} and some on others; give them all that one, "
                 "or none of them"
             )
-        self.releases = fleet.release and beside and loaded.device.type == "cuda"
+        released = RELEASED[fleet.release] if beside and loaded.device.type == "cuda" else ()
         export_target(loaded.model, loaded.tokenizer, folder / "target", dtype=loaded.dtype)
         settings = ServerSettings(
             model_path=str(folder / "target"),
@@ -106,7 +109,7 @@ class Serving:
             context_length=max_context,
             max_running=rollout.max_running,
             seed=config.seed,
-            release=self.releases,
+            release=released,
             extra=config.sglang,
         )
         keys = keys or Keys.random()
@@ -133,7 +136,7 @@ class Serving:
             recover=self._recover,
             max_running=rollout.max_running,
             max_context=max_context,
-            releases=self.releases,
+            releases=bool(released),
             probe_s=fleet.probe_s,
             dead_after_s=fleet.dead_after_s,
             start_timeout_s=fleet.start_timeout_s,
@@ -153,10 +156,9 @@ class Serving:
         """From now on the servers draft `depth` tokens with drafts such as `draft`, whose served tensors are
         `tensors`; they start anew for that, and must be pushed to before they generate."""
         folder = self._folder / "draft"
-        export(draft, folder, dtype=self._dtype)
-        token_map = str(folder / TOKEN_MAP) if draft.vocab_ids is not None else ""
+        export(draft, folder, dtype=self._dtype, tokenizer=self._loaded.tokenizer)
         for server in self._servers:
-            server.settings = replace(server.settings, draft_path=str(folder), token_map=token_map)
+            server.settings = drafting(server.settings, draft, folder)
         self.fleet.set_draft_depth(depth)
         self._learn("draft", tensors)
 
@@ -180,6 +182,19 @@ class Serving:
         if "draft" not in server.versions():
             now = replace(now, draft_version=None, draft=None)
         now.push(self.syncer, [server])
+
+
+def drafting(settings: ServerSettings, draft: DraftHead, folder: Path) -> ServerSettings:
+    """`settings` for a server that starts from `folder`, where `draft` was exported to."""
+    reduced = draft.vocab_ids is not None
+    in_weights = draft.spec.own_head
+    return replace(
+        settings,
+        draft_path=str(folder),
+        algorithm=algorithm(draft.spec),
+        token_map=str(folder / TOKEN_MAP) if reduced and not in_weights else "",
+        draft_vocabulary=reduced and in_weights,
+    )
 
 
 def _placed(gpus: tuple[int, ...], engines: int, ranks: int, device: torch.device) -> list[tuple[int, ...]]:

@@ -173,8 +173,8 @@ def check_served(features: Features) -> None:
             raise RunError(f"this server has {key} {info[key]}, and weights can only be pushed where it is 1")
     if not features.depth:
         return
-    if info["speculative_algorithm"] != "EAGLE":
-        raise RunError(f"this server drafts with {info['speculative_algorithm']}; only EAGLE is supported")
+    if info["speculative_algorithm"] not in ("EAGLE", "EAGLE3"):
+        raise RunError(f"this server drafts with {info['speculative_algorithm']}; only EAGLE and EAGLE3 are supported")
     if info.get("speculative_adaptive"):
         raise RunError("this server changes its draft depth while it runs (speculative_adaptive); start it without")
     exact = {

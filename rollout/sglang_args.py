@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from miles_spec.types import RunError, VerifyRule
 
@@ -86,8 +86,12 @@ class ServerSettings:
     """Folder of the target: its configuration and tokenizer; its weights are not read."""
     draft_path: str = ""
     """Folder of the draft's configuration; "" without a draft."""
+    algorithm: Literal["EAGLE", "EAGLE3"] = "EAGLE"
+    """What SGLang calls the draft's family; MTP layers are EAGLE to it."""
     token_map: str = ""
-    """File of the draft's reduced vocabulary; "" for the whole."""
+    """File of the draft's reduced vocabulary; "" for the whole, or where its weights hold it."""
+    draft_vocabulary: bool = False
+    """Whether the draft's weights hold its reduced vocabulary: SGLang takes that from the draft's folder, once."""
     rule: VerifyRule = "target"
     dtype: str = "auto"
     context_length: int
@@ -95,8 +99,8 @@ class ServerSettings:
     max_running: int
     """Sequences decoded together by one server."""
     seed: int = 0
-    release: bool = False
-    """Whether memory must be released and resumed."""
+    release: tuple[str, ...] = ()
+    """SGLang's tags of the memory that can be released and resumed: `weights`, `kv_cache`."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The table `[sglang]`: SGLang's own names."""
 
@@ -179,13 +183,13 @@ def check(settings: ServerSettings) -> None:
         if name in _ONLY_ONE and value != 1:
             raise ValueError(f"sglang.{name} is {value} and must be 1: {_ONLY_ONE[name]}")
         if name.startswith(("speculative_ngram", "speculative_dflash", "speculative_dspark", "speculative_domino")):
-            raise ValueError(f"sglang.{name} cannot be set: the draft is of the family EAGLE")
+            raise ValueError(f"sglang.{name} cannot be set: the draft is of another kind; draft.family sets it")
         if name == "disaggregation_mode" and value != "null":
             raise ValueError(f"sglang.{name} is {value!r} and must be 'null': a server must both prefill and decode")
     for name, why in _LOSSY_ENVIRONMENT.items():
         if os.environ.get(name, "").lower() not in ("", "0", "false", "-1"):
             raise ValueError(f"the environment variable {name} is set: {why}; unset it")
-    if settings.rule == "rejection" and settings.token_map:
+    if settings.rule == "rejection" and (settings.token_map or settings.draft_vocabulary):
         raise ValueError(
             "SGLang has no rejection sampling over a reduced vocabulary; set draft.vocab_size = 0, "
             'or rollout.verify = "target"'
@@ -214,7 +218,7 @@ def arguments(settings: ServerSettings, depth: int, known: Installed, *, host: s
             raise ValueError(f"{depth} tokens are to be drafted without a draft; set draft.enabled = true")
         refuse_greedy(settings.rule, known.platforms)
         wanted |= {
-            "speculative_algorithm": "EAGLE",
+            "speculative_algorithm": settings.algorithm,
             "speculative_draft_model_path": settings.draft_path,
             "speculative_num_steps": depth,
             "speculative_eagle_topk": 1,
@@ -224,8 +228,12 @@ def arguments(settings: ServerSettings, depth: int, known: Installed, *, host: s
             wanted["speculative_use_rejection_sampling"] = True
         if settings.token_map:
             wanted["speculative_token_map"] = settings.token_map
+        if settings.draft_vocabulary:
+            wanted["speculative_draft_load_format"] = "auto"
     if settings.release:
-        wanted |= {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
+        wanted["enable_memory_saver"] = True
+    if "weights" in settings.release:
+        wanted["enable_weights_cpu_backup"] = True
         if depth:
             # SGLang restores the target's buffers itself; the draft's rotary tables, which no push carries, come back
             # as whatever lies there unless its memory is kept

@@ -198,8 +198,8 @@ class CollectiveReceiver:
             here = os.environ.get(CUMEM, "")
             if via["kind"] == "nccl" and here != via["cumem"]:
                 raise ValueError(
-                    f"{CUMEM} is {here!r} here and {via['cumem']!r} in the trainer's process: NCCL would wait for ever; "
-                    "start both with the same"
+                    f"{CUMEM} is {here!r} here and {via['cumem']!r} in the trainer's process; start both alike, "
+                    "or NCCL waits for ever"
                 )
             host, port = via["address"]
             timeout_s = via["timeout_s"]

@@ -68,6 +68,11 @@ FLAGS = {
         "takes": "none",
         "default": "False",
     },
+    "speculative_draft_load_format": {
+        "options": ["--speculative-draft-load-format"],
+        "takes": "value",
+        "default": "None",
+    },
     "speculative_token_map": {"options": ["--speculative-token-map"], "takes": "value", "default": "None"},
     "enable_memory_saver": {"options": ["--enable-memory-saver"], "takes": "none", "default": "False"},
     "enable_weights_cpu_backup": {"options": ["--enable-weights-cpu-backup"], "takes": "none", "default": "False"},

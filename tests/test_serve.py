@@ -142,7 +142,7 @@ def test_settings_of_servers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
     config = alone(RunConfig(sglang={"tp-size": 2}))
     assert config.sglang == {"enable_metrics": True, "tp_size": 2, "mem_fraction_static": module.SHARE_OF_MEMORY}
-    assert not config.fleet.release
+    assert config.fleet.release == "nothing"
     given = {"mem-fraction-static": 0.3, "enable-metrics": False}
     assert alone(RunConfig(sglang=given)).sglang == {"enable_metrics": False, "mem_fraction_static": 0.3}
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)

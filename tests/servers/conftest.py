@@ -19,10 +19,10 @@ import aiohttp
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from conftest import tiny_tokenizer
-from miles_spec.draft.export import TOKEN_MAP, export, export_target, served_tensors
+from miles_spec.draft.export import export, export_target, served_target, served_tensors
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE
 from miles_spec.kernels import attention
@@ -31,6 +31,7 @@ from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.sglang import SGLangServer
 from miles_spec.rollout.sglang_api import Api, Keys
 from miles_spec.rollout.sglang_args import ServerSettings
+from miles_spec.serving import drafting
 from miles_spec.sync.session import Syncer
 from miles_spec.sync.transports import Ipc, Transport
 from miles_spec.types import Completion, Receipt, Request, Sampling, TensorMeta
@@ -67,12 +68,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class Pair:
     """A target and its draft."""
 
-    model: LlamaForCausalLM
+    model: PreTrainedModel
     draft: DraftHead
 
     def target(self) -> dict[str, Tensor]:
         """The target's tensors as they are pushed."""
-        return {name: tensor.detach() for name, tensor in self.model.named_parameters()}
+        return dict(served_target(self.model))
 
     def drafted(self) -> dict[str, Tensor]:
         """The draft's."""
@@ -210,26 +211,26 @@ Start = Callable[..., Host]
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts a server that serves nothing yet: `start(name, pair, depth=..., environment=..., **[sglang])`."""
+    """Starts a server that serves nothing yet: `start(name, pair, depth=..., from_folder=..., **[sglang])`. With
+    `from_folder` SGLang reads the draft's weights from its folder."""
     servers: list[SGLangServer] = []
 
-    def run(name: str, pair: Pair, depth: int = DEPTH, **extra: object) -> Host:
+    def run(name: str, pair: Pair, depth: int = DEPTH, from_folder: bool = False, **extra: object) -> Host:
         folder = tmp_path_factory.mktemp(name)
         export_target(pair.model, tiny_tokenizer(), folder / "target", dtype=torch.float32)
         export(pair.draft, folder / "draft", dtype=torch.float32)
-        token_map = folder / "draft" / TOKEN_MAP
         keys = Keys.random()
+        settings = ServerSettings(
+            model_path=str(folder / "target"),
+            dtype="float32",
+            context_length=CONTEXT,
+            max_running=8,
+            extra={**ARGUMENTS, **extra},
+        )
+        settings = drafting(settings, pair.draft, folder / "draft")
         server = SGLangServer(
             name=name,
-            settings=ServerSettings(
-                model_path=str(folder / "target"),
-                draft_path=str(folder / "draft"),
-                token_map=str(token_map) if token_map.exists() else "",
-                dtype="float32",
-                context_length=CONTEXT,
-                max_running=8,
-                extra={**ARGUMENTS, **extra},
-            ),
+            settings=replace(settings, draft_vocabulary=from_folder or settings.draft_vocabulary),
             keys=keys,
             draft_depth=depth,
             launch=[PYTHON, str(HERE / "cpu_server.py")],

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import tiny_config
+from miles_spec.draft.export import export
+from miles_spec.draft.modules import DraftHead
+from miles_spec.draft.spec import EAGLE, EAGLE3, MIMO, DraftSpec
+from miles_spec.rollout.sglang_args import ServerSettings
+from miles_spec.serving import drafting
+
+SETTINGS = ServerSettings(model_path="/m", context_length=100, max_running=4)
+IDS = torch.tensor([3, 4, 17, 60])
+
+
+@pytest.mark.parametrize(
+    ("spec", "ids", "told"),
+    [
+        (EAGLE, None, {}),
+        (EAGLE, IDS, {"token_map": "token_map.pt"}),
+        (EAGLE3, None, {"algorithm": "EAGLE3"}),
+        (EAGLE3, IDS, {"algorithm": "EAGLE3", "draft_vocabulary": True}),
+        (MIMO, IDS, {"token_map": "token_map.pt"}),
+    ],
+)
+def test_a_server_is_told_what_the_folder_holds(
+    spec: DraftSpec, ids: torch.Tensor | None, told: dict[str, object], tmp_path: Path
+) -> None:
+    draft = DraftHead(spec, tiny_config("qwen2", num_hidden_layers=4), ids)
+    export(draft, tmp_path / "draft", dtype=torch.float32)
+    settings = drafting(SETTINGS, draft, tmp_path / "draft")
+    if "token_map" in told:
+        told["token_map"] = str(tmp_path / "draft" / str(told["token_map"]))
+    assert settings == replace(SETTINGS, draft_path=str(tmp_path / "draft"), **told)  # type: ignore[arg-type]
+    assert (tmp_path / "draft" / "token_map.pt").exists() == bool(settings.token_map)
