@@ -6,9 +6,10 @@ copy is the draft as it stood before step 1.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -22,7 +23,8 @@ from torch import Tensor
 from miles_spec import checkpoint, models
 from miles_spec.config import RunConfig
 from miles_spec.data import PromptSource, make_source
-from miles_spec.draft.export import served_tensors
+from miles_spec.draft.export import check_served, served_target, served_tensors
+from miles_spec.draft.load import load
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import FAMILIES
 from miles_spec.live import LiveTable
@@ -80,9 +82,10 @@ class Run:
     def weights(self) -> Weights:
         """What the engine is to serve: the trainer's weights."""
         draft = self.trainer.draft
+        target = self.trainer.weights("target") if self.serving is None else served_target(self.trainer.model)
         return Weights(
             version=self.trainer.version,
-            target=dict(self.trainer.weights("target")),
+            target=dict(target),
             draft_version=None if draft is None else self.trainer.draft_version,
             draft=None if draft is None else self.draft_weights(draft.draft),
         )
@@ -136,13 +139,14 @@ def assemble(config: RunConfig, live: LiveTable) -> Run:
     if not config.checkpoint.resume and checkpoint.steps(out):
         raise ValueError(f"{out} holds checkpoints of an earlier run; set checkpoint.resume, or choose another `out`")
     if saved is not None:
+        if "source" not in saved.values:
+            raise ValueError(f"{out} holds checkpoints of `miles-spec draft train`; choose another `out`")
         source.load_state(saved.values["source"])
     max_context = context_tokens(config)
-    _check_context(max_context, loaded.model)
-    if config.draft.enabled:
-        models.check_draftable(loaded.model)
+    check_context(max_context, loaded.model)
+    draft = given_draft(config, loaded)
     with ExitStack() as stack:
-        run = _assemble(config, live, out, loaded, source, scorer, saved, max_context, stack)
+        run = _assemble(config, live, out, loaded, source, scorer, draft, saved, max_context, stack)
         stack.pop_all()
     return run
 
@@ -154,6 +158,7 @@ def _assemble(
     loaded: models.Loaded,
     source: PromptSource,
     scorer: Scorer,
+    draft: DraftHead | None,
     saved: checkpoint.Checkpoint | None,
     max_context: int,
     stack: ExitStack,
@@ -164,14 +169,14 @@ def _assemble(
     serving: Serving | None = None
     if rollout.engine == "sglang":
         live.phase("starting servers")
-        serving = Serving(config, loaded, out / "serve", max_context, lambda: _untrained(loaded))
+        serving = Serving(config, loaded, out / "serve", max_context, lambda: untrained(loaded))
         stack.callback(serving.stop)
         serving.start()
         engine, syncer = serving.fleet, serving.syncer
-        _untrained(loaded).push(syncer, engine.members(), self_test=True)
+        untrained(loaded).push(syncer, engine.members(), self_test=True)
     else:
-        engine, syncer = _embedded(config, loaded, max_context), Syncer(InProcess())
-    draft = cost = None
+        engine, syncer = embedded(config, loaded, max_context), Syncer(InProcess())
+    cost = None
     plain: list[Sample] = []
     # taken in a run without a draft too: the policy sees the same prompts either way
     count = draft_config.warmup_prompts
@@ -184,10 +189,10 @@ def _assemble(
         # rollouts without speculation: they check the cost model, and a fresh draft learns from them
         live.phase("rollouts without speculation")
         plain, cost = _plain_rollouts(engine, prompts, config, live)
-        saved_ids = None if saved is None else saved.tensors.get("draft.vocab_ids")
-        vocab_ids = saved_ids if saved is not None else _vocabulary(plain, draft_config.vocab_size, loaded.model)
-        generator = torch.Generator().manual_seed(config.seed)
-        draft = DraftHead.attach(loaded.model, FAMILIES[draft_config.family], vocab_ids, generator)
+        if draft is None:
+            saved_ids = None if saved is None else saved.tensors.get("draft.vocab_ids")
+            chosen = saved_ids if saved is not None else vocabulary(plain, draft_config.vocab_size, loaded.model)
+            draft = fresh_draft(config, loaded, chosen)
     trainer = TorchTrainer(loaded.model, draft, config, loaded.device, loaded.dtype)
     losses: list[float] = []
     if saved is not None:
@@ -226,7 +231,8 @@ def _assemble(
     return run
 
 
-def _embedded(config: RunConfig, loaded: models.Loaded, max_context: int) -> EmbeddedEngine:
+def embedded(config: RunConfig, loaded: models.Loaded, max_context: int) -> EmbeddedEngine:
+    """The engine in this process, without a draft yet."""
     return EmbeddedEngine(
         loaded.model,
         None,
@@ -241,9 +247,9 @@ def _embedded(config: RunConfig, loaded: models.Loaded, max_context: int) -> Emb
     )
 
 
-def _untrained(loaded: models.Loaded) -> Weights:
+def untrained(loaded: models.Loaded) -> Weights:
     """What servers serve before there is a trainer."""
-    return Weights(version=0, target={name: p.detach() for name, p in loaded.model.named_parameters()})
+    return Weights(version=0, target=dict(served_target(loaded.model)))
 
 
 def context_tokens(config: RunConfig) -> int:
@@ -268,7 +274,7 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _check_context(max_context: int, model: Any) -> None:
+def check_context(max_context: int, model: Any) -> None:
     """Raises `ValueError` if the model was not made for sequences that long."""
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and max_context > most:
@@ -302,20 +308,58 @@ def _plain_rollouts(
     return [Sample(prompt=p, index=0, completion=c, reward=0.0) for p, c in zip(prompts, out, strict=True)], cost
 
 
-def _vocabulary(samples: Sequence[Sample], size: int, model: Any) -> Tensor | None:
-    """`[Vd]` the `size` token ids to draft over: the most frequent in prompts and responses, then the lowest.
+def vocabulary(samples: Sequence[Sample], size: int, model: Any) -> Tensor | None:
+    """`most_frequent` of prompts and responses for a draft of `model`; None for its whole vocabulary."""
+    tokens = ((*s.prompt.tokens, *s.completion.tokens) for s in samples)
+    return most_frequent(tokens, size, model.config.vocab_size)
+
+
+def most_frequent(texts: Iterable[Sequence[int]], size: int, total: int) -> Tensor | None:
+    """`[Vd]` the `size` ids below `total` to draft over: the most frequent in `texts`, then the lowest; None for all.
 
     Byte-pair vocabularies number their tokens in the order they were merged, the most frequent in the tokenizer's
     training data first.
     """
-    total = model.config.vocab_size
     if not size or size >= total:
         return None
-    counts = Counter(chain.from_iterable((*s.prompt.tokens, *s.completion.tokens) for s in samples))
+    counts = Counter(chain.from_iterable(texts))
     ranked = [token for token, _ in counts.most_common(size)]
     chosen = set(ranked)
     ranked += [token for token in range(total) if token not in chosen][: size - len(ranked)]
     return torch.tensor(sorted(ranked))
+
+
+def fresh_draft(config: RunConfig, loaded: models.Loaded, vocab_ids: Tensor | None) -> DraftHead:
+    """The draft of a run without `draft.path`, over `vocab_ids` (None: all)."""
+    generator = torch.Generator().manual_seed(config.seed)
+    return DraftHead.attach(loaded.model, FAMILIES[config.draft.fresh_family], vocab_ids, generator)
+
+
+def given_draft(config: RunConfig, loaded: models.Loaded) -> DraftHead | None:
+    """The draft in the folder `draft.path`; None for a run that has none, or makes its own.
+
+    Raises `ValueError` for a draft that does not fit the model or the settings, and for a model that cannot have one.
+    """
+    if not config.draft.enabled:
+        return None
+    if not config.draft.path:
+        models.check_draftable(loaded.model)
+        return None
+    draft = load(Path(config.draft.path).expanduser(), loaded.model, tokenizer=loaded.tokenizer)
+    what = f"draft.path = {json.dumps(config.draft.path)}"
+    if config.draft.family not in ("auto", draft.spec.family):
+        raise ValueError(
+            f'{what} holds a draft of family {draft.spec.family}, and draft.family is "{config.draft.family}"; set it '
+            'to "auto"'
+        )
+    if config.rollout.engine == "sglang":
+        check_served(loaded.model.config.model_type, draft.spec)
+        if config.rollout.rule == "rejection" and draft.vocab_ids is not None:
+            raise ValueError(
+                f"{what} holds a draft over a reduced vocabulary, with which SGLang has no rejection sampling; set "
+                'rollout.verify = "target"'
+            )
+    return draft
 
 
 def _warm_start(

@@ -71,6 +71,52 @@ def _rollout_serve(arguments: argparse.Namespace, settings: Sequence[str]) -> No
     serve(config)
 
 
+def _draft_attach(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    from miles_spec.drafts import attach, describe
+
+    found = attach(
+        arguments.model,
+        arguments.out,
+        family=arguments.family,
+        vocab_size=arguments.vocab_size,
+        vocab_data=arguments.vocab_data,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+    )
+    print(describe(found))
+
+
+def _draft_import(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    from miles_spec.drafts import describe, import_
+
+    print(describe(import_(arguments.folder, arguments.out, model=arguments.model, dtype=arguments.dtype)))
+
+
+def _draft_export(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    from miles_spec.drafts import describe, export
+
+    found = export(
+        arguments.source, arguments.out, model=arguments.model, format=arguments.format, dtype=arguments.dtype
+    )
+    print(describe(found))
+
+
+def _draft_inspect(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    from miles_spec.draft.load import inspect
+    from miles_spec.drafts import describe
+
+    print(describe(inspect(arguments.folder)))
+
+
+def _draft_train(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    from miles_spec.settings import load
+
+    config = load(arguments.run, settings)
+    from miles_spec.draft_training import train
+
+    print(train(config))
+
+
 def _doctor(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
     if settings and arguments.run is None:
         raise ValueError(f"{settings[0]} is a setting of a run file; name the run file before it")
@@ -135,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         _rollout_serve,
         "Serves a run's policy and draft from SGLang servers, from its newest checkpoint if it has one, until Ctrl-C.",
     )
+    _add_draft(commands)
     bench = commands.add_parser("bench", help="Measures one part.", allow_abbrev=False)
     measured = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
     rollout = _add_run(
@@ -212,6 +259,59 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--no-server", action="store_true", help="leave out what needs a small server to be started")
     _add(commands, "quickstart", _quickstart, "Trains, measures and reports a small model in a few minutes.")
     return parser
+
+
+def _add_draft(commands: _Commands) -> None:
+    draft = commands.add_parser("draft", help="Makes, converts, shows and trains drafts.", allow_abbrev=False)
+    commands = draft.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    attach = _add(commands, "attach", _draft_attach, "Writes a fresh draft for a model, as SGLang takes it.")
+    attach.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or smollm2")
+    attach.add_argument("out", type=Path, metavar="OUT")
+    attach.add_argument(
+        "--family", default="eagle", metavar="NAME", help="eagle, eagle3, nextn, mimo or qwen_mtp; eagle if left out"
+    )
+    attach.add_argument("--vocab-size", type=int, default=0, metavar="N", help="draft over so many tokens only")
+    attach.add_argument(
+        "--vocab-data",
+        type=Path,
+        metavar="FILE",
+        help="jsonl or parquet with messages, text, or prompt and response: its most frequent tokens are those",
+    )
+    attach.add_argument("--seed", type=int, default=0, metavar="N")
+    importing = _add(
+        commands,
+        "import",
+        _draft_import,
+        "Writes a draft as SGLang takes it, from a folder of EAGLE's, EAGLE3's, SpecForge's or speculators', or from "
+        "the MTP layer in a model's.",
+    )
+    importing.add_argument("folder", type=Path, metavar="FOLDER")
+    importing.add_argument("out", type=Path, metavar="OUT")
+    importing.add_argument("--model", required=True, metavar="MODEL", help="the model that it is a draft of")
+    exporting = _add(
+        commands,
+        "export",
+        _draft_export,
+        "Writes a draft, of a folder or of a run's newest checkpoint, as SGLang, SpecForge or speculators take it.",
+    )
+    exporting.add_argument("source", type=Path, metavar="FOLDER|RUN_DIR")
+    exporting.add_argument("out", type=Path, metavar="OUT")
+    exporting.add_argument(
+        "--model", default="", metavar="MODEL", help="the model that it is a draft of; a run names it"
+    )
+    exporting.add_argument("--format", choices=("sglang", "specforge", "speculators"), default="sglang")
+    for command in (attach, importing, exporting):
+        command.add_argument(
+            "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="of its weights"
+        )
+    inspect = _add(commands, "inspect", _draft_inspect, "Prints what a draft's folder holds, and what SGLang is told.")
+    inspect.add_argument("folder", type=Path, metavar="FOLDER")
+    _add_run(
+        commands,
+        "train",
+        _draft_train,
+        "Trains a draft offline, on given responses or on the model's own, and prints the directory it is in.",
+    )
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -132,8 +132,9 @@ class FleetConfig:
     trainer share their device, else `nccl`; `disk` for servers that share only a folder."""
     folder: str = ""
     """Where `disk` writes; "" for a folder within `out`."""
-    release: bool = True
-    """Servers on the trainer's GPU give their memory back while it trains."""
+    release: Literal["kv_cache", "all", "nothing"] = "kv_cache"
+    """What servers on the trainer's GPU give back while it trains: the memory of their cache, or of their weights as
+    well, which then wait in the host's memory and take seconds to go there and back."""
     margin_gb: float = 8.0
     """GPU memory that servers leave free beside the trainer, unless `[sglang]` sets `mem_fraction_static`."""
     bucket_mb: int = 256
@@ -155,14 +156,16 @@ class DraftConfig:
 
     enabled: bool = True
     """False runs without a draft, and so without speculation."""
-    family: str = "eagle"
-    """Kind of draft model."""
+    path: str = ""
+    """Folder of the draft to start from, as `miles-spec draft` writes or reads it; "" attaches a fresh one."""
+    family: Literal["auto", "eagle", "eagle3", "nextn", "mimo", "qwen_mtp"] = "auto"
+    """Kind of draft model. `auto`: that of `path`, else eagle."""
     num_steps: int = 3
     """Depth `k`: tokens drafted per block."""
     max_batch: int = 0
     """Speculate only while at most this many sequences decode together; 0 for always."""
     vocab_size: int = 0
-    """Draft over this many of the most frequent tokens; 0 for the whole vocabulary."""
+    """Draft over this many of the most frequent tokens; 0 for the whole vocabulary, or that of `path`."""
     train: bool = True
     """False leaves the draft as it is after its warm start."""
     loss: Literal["ce", "kl", "tv", "ramp"] = "ramp"
@@ -181,6 +184,32 @@ class DraftConfig:
     vocabulary counts, and what checks the engine's cost model. Training goes on with the prompts after them."""
     warmup_lr: float = 0.0
     """Learning rate of those, from which it falls linearly to 0; 0 takes `lr`."""
+
+    @property
+    def fresh_family(self) -> str:
+        """Kind of a draft that is attached fresh."""
+        return "eagle" if self.family == "auto" else self.family
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfflineConfig:
+    """`[offline]`: what `miles-spec draft train` learns from; `[data]` gives its prompts, `[rollout]` how to sample."""
+
+    response_column: str = ""
+    """Column of `data.source` with the response to each prompt, text; or with whole conversations, lists of chat
+    messages, in which every assistant's message is a response to what stands before it. "" has the model respond."""
+    samples_per_prompt: int = 1
+    """Responses of the model to each prompt."""
+    prompts: int = 0
+    """Prompts or conversations to take; 0 for all that the data has."""
+    held_out: float = 0.1
+    """Share of them that is never trained on: there the accept length is estimated, before and after."""
+    epochs: int = 1
+    """Passes over the others."""
+    steps: int = 0
+    """Optimizer steps, over which the learning rate `draft.lr` falls linearly to 0; 0 for what `epochs` come to."""
+    batch: int = 16
+    """Responses of one step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,6 +299,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
+    offline: OfflineConfig = field(default_factory=OfflineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -304,6 +334,11 @@ _AT_LEAST = {
     "draft.warmup_steps": 0,
     "draft.warmup_prompts": 1,
     "draft.warmup_lr": 0,
+    "offline.samples_per_prompt": 1,
+    "offline.prompts": 0,
+    "offline.epochs": 1,
+    "offline.steps": 0,
+    "offline.batch": 1,
     "train.lr": 0,
     "train.lr_warmup_steps": 0,
     "train.weight_decay": 0,
@@ -332,12 +367,12 @@ _NOT_EMPTY = {
     "data.source": "name a file, `datasets:PATH`, `reasoning_gym:TASK` or `pkg.mod:function`",
     "data.prompt_column": "name the column of the prompts",
     "reward.kind": "name a reward",
-    "draft.family": "name a draft family",
     "fleet.host": "name the address that servers listen on",
 }
 _BETWEEN = {
     "rollout.top_p": (0, 1, "give a probability above 0, at most 1"),
     "draft.num_steps": (-1, 16, "give 1 to 16"),
+    "offline.held_out": (0, 0.9, "give a share above 0, at most 0.9"),
 }
 """Exclusive lower and inclusive upper bound."""
 _Need = Callable[[bool, str, str], None]
@@ -379,6 +414,11 @@ def validate(config: RunConfig) -> None:
         config.draft.num_steps > 0 or not config.draft.enabled,
         "draft.num_steps",
         "nothing would be drafted; give 1 to 16, or set draft.enabled = false",
+    )
+    need(
+        not config.draft.path or config.draft.vocab_size == 0,
+        "draft.vocab_size",
+        f"the draft of draft.path = {json.dumps(config.draft.path)} has a vocabulary of its own; set 0",
     )
     _validate_servers(config, need)
     _validate_train(config.train, config.rollout, need)

@@ -146,8 +146,18 @@ def _is_plugin(source: str) -> bool:
     return ":" in source and not source.startswith(("datasets:", "reasoning_gym:"))
 
 
+def read(config: DataConfig, seed: int) -> list[Record]:
+    """Everything the source holds, in its order; at least one record.
+
+    `seed` is that of a generator such as reasoning-gym. Raises `ValueError` if the source cannot be read or is empty.
+    """
+    records = _records(config, seed)
+    if not records:
+        raise ValueError(f'the data set is empty: data.source = "{config.source}" holds no record')
+    return records
+
+
 def _records(config: DataConfig, seed: int) -> list[Record]:
-    """Everything the source holds, in its order."""
     source = config.source
     kind, _, name = source.partition(":")
     if config.options and source.endswith((".jsonl", ".parquet")):
@@ -266,10 +276,8 @@ def build_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: 
     reasoning-gym. Raises `ValueError`: the source cannot be read or is empty, a column is missing, a record does not
     fit the settings or JSON, or a prompt has no token or more than `max_prompt_tokens`.
     """
-    _check(config, tokenizer)
-    records = _records(config, seed)
-    if not records:
-        raise ValueError(f'the data set is empty: data.source = "{config.source}" holds no record')
+    check_template(config, tokenizer)
+    records = read(config, seed)
     prompt_column = config.prompt_column
     if config.source.startswith("reasoning_gym:") and prompt_column == "prompt":
         prompt_column = "question"
@@ -278,10 +286,10 @@ def build_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: 
     dropped = 0
     for index, record in enumerate(records):
         id = f"{name}-{index}"
-        value = _column(record, prompt_column, "data.prompt_column", id)
-        answer = _column(record, config.answer_column, "data.answer_column", id) if config.answer_column else None
+        value = column(record, prompt_column, "data.prompt_column", id)
+        answer = column(record, config.answer_column, "data.answer_column", id) if config.answer_column else None
         _check_json(record, id)
-        tokens = _tokens(value, config, tokenizer, id)
+        tokens = tokenize(value, config, tokenizer, id)
         if not tokens:
             raise ValueError(f"prompt {id} has no tokens: its text is empty")
         if len(tokens) > config.max_prompt_tokens:
@@ -309,7 +317,8 @@ def build_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: 
     return prompts
 
 
-def _check(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `ValueError` for settings of prompts that contradict each other or the tokenizer."""
     if "{prompt}" not in config.template:
         raise ValueError(f'data.template = "{config.template}" does not contain {{prompt}}')
     if config.max_prompt_tokens < 1:
@@ -320,13 +329,14 @@ def _check(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError("the model's tokenizer has no chat template: set data.chat_template = false")
 
 
-def _column(record: Record, column: str, setting: str, id: str) -> Any:
-    if column in record:
-        return record[column]
+def column(record: Record, name: str, setting: str, id: str) -> Any:
+    """The value of a column that `setting` names. Raises `ValueError` naming both where record `id` has none."""
+    if name in record:
+        return record[name]
     none = ' (set it to "" if there is none)' if setting == "data.answer_column" else ""
     raise ValueError(
-        f'{setting} = "{column}"{none}: the record of prompt {id} has no such column, only '
-        f"{', '.join(map(str, record)) or 'none at all'}{suggest(column, map(str, record))}"
+        f'{setting} = "{name}"{none}: the record of prompt {id} has no such column, only '
+        f"{', '.join(map(str, record)) or 'none at all'}{suggest(name, map(str, record))}"
     )
 
 
@@ -340,7 +350,8 @@ def _check_json(record: Record, id: str) -> None:
             ) from error
 
 
-def _tokens(value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase, id: str) -> tuple[int, ...]:
+def tokenize(value: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase, id: str) -> tuple[int, ...]:
+    """A prompt, text or a list of messages, as the model sees it. Raises `ValueError` naming `id` for any other."""
     if isinstance(value, str):
         text = config.template.replace("{prompt}", value)
         if not config.chat_template:

@@ -35,8 +35,8 @@ def train(config: RunConfig) -> Path:
     Ctrl-C ends the run after the step at hand and saves; a second one ends it at once. A step that fails loses nothing
     before it: the state after the last whole step is saved, then the error is raised.
     """
-    with LiveTable(steps=config.steps) as live, _interruptible() as interrupted, ExitStack() as stack:
-        stack.enter_context(_logged(Path(config.out)))
+    with LiveTable(steps=config.steps) as live, interruptible() as interrupted, ExitStack() as stack:
+        stack.enter_context(logged(Path(config.out)))
         run = assemble(config, live)
         stack.callback(run.stop)
         begun, step, cursor = time.perf_counter() - run.time_s, run.step, run.source.state()
@@ -162,7 +162,7 @@ class _LogFile(logging.FileHandler):
 
 
 @contextmanager
-def _logged(out: Path) -> Iterator[None]:
+def logged(out: Path) -> Iterator[None]:
     """Keeps what this package logs in `run.log`, with times; warnings go to the terminal as well."""
     logger = logging.getLogger("miles_spec")
     level = logger.level
@@ -184,7 +184,7 @@ def _logged(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible() -> Iterator[Callable[[], bool]]:
     """Turns the first Ctrl-C into a request to stop, which the yielded function tells; the second is as always."""
     asked = False
 

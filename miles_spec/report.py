@@ -65,8 +65,10 @@ def _head(run: Run) -> str:
     draft = run.config.get("draft", {})
     if draft.get("enabled") is False:
         facts.append("no draft")
+    elif draft.get("path"):
+        facts.append(f"draft {draft['path']}")
     elif "family" in draft:
-        facts.append(f"{draft['family']} draft")
+        facts.append(f"{draft['family'].replace('auto', 'eagle')} draft")
     return f"<header><h1>{html.escape(run.name)}</h1><p>{html.escape(' · '.join(facts))}</p></header>"
 
 

@@ -48,6 +48,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     replace("kernel_bench.run", "kernels", None)
     replace("quickstart", "main", None)
     replace("serve", "serve", None)
+    replace("draft_training", "train", Path("runs/x"))
     sync = ModuleType("miles_spec.sync_bench")
     sync.sync = lambda path, **given: made.append(("sync_bench", "sync", path, given))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, sync.__name__, sync)
@@ -148,6 +149,72 @@ def test_rollout_serve(run_file: Path, calls: list[object]) -> None:
     assert calls == [("serve", "serve", load(run_file, ["--rollout.engine", "sglang"]))]
 
 
+@pytest.fixture
+def drafts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """What was called of drafts, whose descriptions are their names."""
+    made: list[tuple[object, ...]] = []
+    fake, reading = ModuleType("miles_spec.drafts"), ModuleType("miles_spec.draft.load")
+    fake.describe = str  # type: ignore[attr-defined]
+    for module, name in ((fake, "attach"), (fake, "import_"), (fake, "export"), (reading, "inspect")):
+
+        def record(*arguments: object, name: str = name, **options: object) -> str:
+            made.append((name, *arguments, options))
+            return f"found by {name}"
+
+        setattr(module, name, record)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return made
+
+
+ATTACHED = {"family": "eagle", "vocab_size": 0, "vocab_data": None, "seed": 0, "dtype": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call"),
+    [
+        (["attach", "m", "o"], ("attach", "m", Path("o"), ATTACHED)),
+        (
+            ["attach", "m", "o", "--family", "eagle3", "--vocab-size", "9", "--vocab-data", "d", "--seed=3"],
+            (
+                "attach",
+                "m",
+                Path("o"),
+                ATTACHED | {"family": "eagle3", "vocab_size": 9, "vocab_data": Path("d"), "seed": 3},
+            ),
+        ),
+        (["import", "f", "o", "--model", "m"], ("import_", Path("f"), Path("o"), {"model": "m", "dtype": "auto"})),
+        (
+            ["export", "f", "o", "--dtype", "float32"],
+            ("export", Path("f"), Path("o"), {"model": "", "format": "sglang", "dtype": "float32"}),
+        ),
+        (
+            ["export", "f", "o", "--model", "m", "--format", "speculators"],
+            ("export", Path("f"), Path("o"), {"model": "m", "format": "speculators", "dtype": "auto"}),
+        ),
+        (["inspect", "f"], ("inspect", Path("f"), {})),
+    ],
+    ids=["attach", "attach with all", "import", "export of a run", "export", "inspect"],
+)
+def test_drafts(
+    arguments: list[str], call: tuple[object, ...], drafts: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["draft", *arguments]) == 0
+    assert drafts == [call]
+    assert capsys.readouterr().out == f"found by {call[0]}\n"
+
+
+def test_draft_train(run_file: Path, calls: list[object], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--offline.steps", "3", "--offline.response-column=response"]
+    assert main(["draft", "train", str(run_file), *arguments]) == 0
+    assert calls == [("draft_training", "train", load(run_file, arguments))]
+    assert capsys.readouterr().out == "runs/x\n"
+
+
+def test_a_draft_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["draft", "inspect", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"miles-spec: error: {tmp_path}/none: there is no config.json\n"
+
+
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("server", [True, False])
 def test_doctor(run_file: Path, given: bool, server: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +258,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "sync"], "--set KEY=VALUE"),
         (["rollout"], "serve"),
         (["rollout", "serve"], "--rollout.temperature"),
+        (["draft"], "attach"),
+        (["draft", "attach"], "--vocab-data FILE"),
+        (["draft", "import"], "--model MODEL"),
+        (["draft", "export"], "{sglang,specforge,speculators}"),
+        (["draft", "inspect"], "FOLDER"),
+        (["draft", "train"], "--offline.response-column"),
         (["doctor"], "--no-server"),
         (["report"], "RUN_DIR"),
         (["quickstart"], "a few minutes"),
@@ -204,7 +277,9 @@ def test_help(command: list[str], shown: str, capsys: pytest.CaptureFixture[str]
     assert shown in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [[], ["bench"], ["train"], ["report"], ["fly"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [[], ["bench"], ["draft"], ["draft", "import", "f", "o"], ["train"], ["report"], ["fly"]], ids=" ".join
+)
 def test_incomplete_command(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(command)

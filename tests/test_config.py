@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from miles_spec.config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig, validate, values
+from miles_spec.config import (
+    DataConfig,
+    DraftConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+    validate,
+    values,
+)
+from miles_spec.draft.spec import FAMILIES
 
 GOOD = RunConfig(model=ModelConfig(path="model"), data=DataConfig(source="tasks.jsonl"))
 
@@ -83,7 +93,17 @@ def test_good_configuration_passes() -> None:
             )
             for rule in ("target", "rejection")
         ),
-        ({"draft__family": ""}, 'draft.family is "": name a draft family'),
+        (
+            {"draft__path": "draft", "draft__vocab_size": 9},
+            'draft.vocab_size is 9: the draft of draft.path = "draft" has a vocabulary of its own; set 0',
+        ),
+        ({"offline__held_out": 0.0}, "offline.held_out is 0.0: give a share above 0, at most 0.9"),
+        ({"offline__held_out": 0.95}, "offline.held_out is 0.95: give a share above 0, at most 0.9"),
+        ({"offline__samples_per_prompt": 0}, "offline.samples_per_prompt is 0: give 1 or more"),
+        ({"offline__prompts": -1}, "offline.prompts is -1: give 0 or more"),
+        ({"offline__epochs": 0}, "offline.epochs is 0: give 1 or more"),
+        ({"offline__steps": -1}, "offline.steps is -1: give 0 or more"),
+        ({"offline__batch": 0}, "offline.batch is 0: give 1 or more"),
         ({"draft__num_steps": -1}, "draft.num_steps is -1: give 1 to 16"),
         ({"draft__num_steps": 17}, "draft.num_steps is 17: give 1 to 16"),
         (
@@ -152,7 +172,12 @@ def test_values_names_every_setting() -> None:
     assert {f"train.{f.name}" for f in fields(TrainConfig)} <= set(names)
 
 
+def test_every_family_can_be_named() -> None:
+    assert get_args(get_type_hints(DraftConfig)["family"]) == ("auto", *FAMILIES)
+
+
 def test_resolved_choices() -> None:
+    assert [DraftConfig(family=family).fresh_family for family in ("auto", "eagle3")] == ["eagle", "eagle3"]
     assert [RolloutConfig(temperature=t).rule for t in (0.0, 0.7)] == ["greedy", "target"]
     assert RolloutConfig(verify="rejection").rule == "rejection"
     assert [TrainConfig(advantage=a).loss_aggregation for a in ("grpo", "rloo", "dr_grpo")] == [
