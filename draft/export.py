@@ -42,7 +42,7 @@ SGLang runs Mistral as Llama. Its `MistralForCausalLMEagle` and `Ernie4_5_MoeFor
 norms that no family here has."""
 
 TARGETS = {
-    "eagle": ("deepseek_v3", "glm4_moe", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next"),
+    "eagle": ("glm4_moe", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next"),
     "eagle3": ("glm4_moe", "gpt_oss", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next"),
     "nextn": ("glm4_moe",),
     "mimo": ("qwen2",),

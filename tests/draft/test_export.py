@@ -184,7 +184,7 @@ def test_the_fingerprint_is_of_the_vocabulary() -> None:
 @pytest.mark.parametrize(
     ("spec", "kind", "says"),
     [
-        (EAGLE, "gemma", "family 'eagle' for deepseek_v3, .*llama, .*, not for gemma"),
+        (EAGLE, "gemma", "family 'eagle' for glm4_moe, .*llama, .*, not for gemma"),
         (EAGLE3, "gemma", "family 'eagle3' for .*, not for gemma"),
         (NEXTN, "llama", "family 'nextn' for glm4_moe models, not for llama"),
         (MIMO, "qwen3", "family 'mimo' for qwen2 models, not for qwen3"),

@@ -1,6 +1,6 @@
-"""Drafts of every family that SGLang runs on a CPU: exported, started, pushed, and accepted just as ours are.
+"""Drafts of the families that SGLang runs on a CPU: exported, started, pushed, and accepted just as ours are.
 
-The drafts have learned the very responses a little, so that the counts depend on all that they compute.
+EAGLE's are those of all the other files. The drafts have learned the very responses a little, so that the counts depend on all that they compute.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from miles_spec.draft import states
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.objective import objective
-from miles_spec.draft.spec import EAGLE, EAGLE3, MIMO, NEXTN, QWEN_MTP, DraftSpec
+from miles_spec.draft.spec import EAGLE3, MIMO, NEXTN, QWEN_MTP, DraftSpec
 from miles_spec.kernels import attention
 from miles_spec.kernels.attention import PackedAttention
 from miles_spec.kernels.layout import PackedLayout
@@ -43,7 +43,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 EVEN = torch.arange(0, VOCAB, 2)
 CASES = {
-    "eagle": (EAGLE, "llama", None),
     "eagle3": (EAGLE3, "llama", None),
     "eagle3 reduced": (EAGLE3, "llama", EVEN),
     "mimo": (MIMO, "qwen2", None),
