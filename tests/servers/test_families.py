@@ -1,6 +1,7 @@
 """Drafts of the families that SGLang runs on a CPU: exported, started, pushed, and accepted just as ours are.
 
-EAGLE's are those of all the other files. The drafts have learned the very responses a little, so that the counts depend on all that they compute.
+EAGLE's are those of all the other files. The drafts have learned the very responses a little, so that the counts depend
+on all that they compute.
 """
 
 from __future__ import annotations
