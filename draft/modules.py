@@ -1,8 +1,8 @@
 """`DraftHead`: one decoder layer that guesses on from a token and a hidden state of the target.
 
 Invariant: it holds nothing of the target. Embedding, hidden states and, unless the family has its own, the LM head come
-from the caller, detached, and its parameters are exactly the tensors that an engine is sent, under the names of
-`export_names`.
+from the caller, detached, and the tensors of `export_names` are exactly those that an engine is sent, under the names
+there.
 
 Dimensions: `B` batch, `q` query tokens, `H` hidden, `S` width of the target's states that it reads (`H` or `3H`), `V`
 the target's vocabulary, `Vd` the draft's.

@@ -20,9 +20,9 @@ class DraftSpec:
     """Whose decoder layer it has: the target's kind of layer; a Llama's of the target's sizes; or the target's own
     where that is a Llama's, Mistral's or Qwen2's, and a Llama's for all others. The latter two are what engines have
     classes for."""
-    reads: Literal["post_norm", "pre_norm", "aux"]
-    """The target's states that depth 1 starts from: the last ones after or before the final norm, `[.., H]`, or those
-    of three layers side by side, `[.., 3H]`."""
+    reads: Literal["post_norm", "aux"]
+    """The target's states that depth 1 starts from: the last ones, after the final norm, `[.., H]`, or those of three
+    layers side by side, `[.., 3H]`."""
     joins: Literal["projection", "attention"]
     """Where token and state meet: in a projection `fc` `[H, 2H]` before the layer, or in the layer's attention, whose
     projections take both, while `fc` `[H, 3H]` only brings the target's states to size."""

@@ -21,23 +21,17 @@ def run(trunk: Any, head: DraftHead | None, *args: Any, **inputs: Any) -> tuple[
     for one that reads just those, they are one tensor."""
     caught: dict[int, Tensor] = {}
 
-    def keep(at: int, *seen: Any) -> None:
+    def keep(at: int, layer: Any, inputs: Any, out: Any) -> None:
         # a layer's output may be a tuple; recomputation in a backward pass calls again and changes nothing
-        state = seen[-1][0] if isinstance(seen[-1], tuple) else seen[-1]
-        caught.setdefault(at, state)
+        caught.setdefault(at, out[0] if isinstance(out, tuple) else out)
 
-    reads = "post_norm" if head is None else head.spec.reads
-    hooks = []
-    if reads == "pre_norm":
-        hooks.append(trunk.norm.register_forward_pre_hook(partial(keep, 0)))
-    elif reads == "aux":
-        assert head is not None
-        hooks += [trunk.layers[n].register_forward_hook(partial(keep, at)) for at, n in enumerate(head.aux_layers)]
+    layers = () if head is None else head.aux_layers
+    hooks = [trunk.layers[n].register_forward_hook(partial(keep, at)) for at, n in enumerate(layers)]
     try:
         hidden = trunk(*args, **inputs).last_hidden_state
     finally:
         for hook in hooks:
             hook.remove()
-    if not hooks:
+    if not layers:
         return hidden, hidden
-    return hidden, torch.cat([caught[at] for at in range(len(hooks))], dim=-1)
+    return hidden, torch.cat([caught[at] for at in range(len(layers))], dim=-1)

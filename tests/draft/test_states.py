@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +11,10 @@ from torch import Tensor
 from conftest import tiny_model
 from miles_spec.draft import states
 from miles_spec.draft.modules import DraftHead
-from miles_spec.draft.spec import EAGLE, EAGLE3, DraftSpec
+from miles_spec.draft.spec import EAGLE, EAGLE3
 from miles_spec.kernels.attention import PackedAttention
 from miles_spec.kernels.layout import PackedLayout
 
-PRE_NORM = replace(EAGLE, reads="pre_norm")
 LENGTHS = [7, 4]
 
 
@@ -31,17 +29,13 @@ def _hooks(model: Any) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def _hidden_states(model: Any) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Of transformers' own forward, a sequence at a time: before each layer, the last after the final norm; and what
-    the final norm is given."""
+def _hidden_states(model: Any) -> tuple[Tensor, ...]:
+    """Of transformers' own forward, a sequence at a time: before each layer, the last after the final norm."""
     model.config._attn_implementation = "eager"
-    seen: list[Tensor] = []
-    hook = model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     tokens = torch.arange(3, 3 + sum(LENGTHS)).split(LENGTHS)
     with torch.no_grad():
         parts = [model.model(ids[None], output_hidden_states=True, use_cache=False).hidden_states for ids in tokens]
-    hook.remove()
-    return tuple(torch.cat(layer, 1) for layer in zip(*parts, strict=True)), torch.cat(seen, 1)
+    return tuple(torch.cat(layer, 1) for layer in zip(*parts, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "qwen3_moe"])
@@ -51,25 +45,22 @@ def test_states_are_those_that_transformers_returns(kind: str, layers: tuple[int
     hooks = _hooks(model)
     outs = {
         "post": _run(model, DraftHead(EAGLE, model.config)),
-        "pre": _run(model, DraftHead(PRE_NORM, model.config)),
         "aux": _run(model, DraftHead(EAGLE3, model.config, aux_layers=layers)),
         "none": _run(model, None),
     }
     assert _hooks(model) == hooks
-    every, last = _hidden_states(model)
+    every = _hidden_states(model)
     for hidden, _ in outs.values():
         # hooks only look on
         assert torch.equal(hidden, outs["none"][0])
         torch.testing.assert_close(hidden, every[-1], rtol=1e-4, atol=1e-4)
     assert outs["post"][1] is outs["post"][0] and outs["none"][1] is outs["none"][0]
-    torch.testing.assert_close(outs["pre"][1], last, rtol=1e-4, atol=1e-4)
     aux = torch.cat([every[n + 1] for n in layers], -1)
     assert outs["aux"][1].shape == (1, 11, 96)
     torch.testing.assert_close(outs["aux"][1], aux, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("spec", [PRE_NORM, EAGLE3])
-def test_hooks_go_also_after_an_error(spec: DraftSpec) -> None:
+def test_hooks_go_also_after_an_error() -> None:
     model = tiny_model("llama", layers=4)
     hooks = _hooks(model)
 
@@ -78,15 +69,14 @@ def test_hooks_go_also_after_an_error(spec: DraftSpec) -> None:
 
     fault = model.model.layers[-1].register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="in the last layer"):
-        _run(model, DraftHead(spec, model.config))
+        _run(model, DraftHead(EAGLE3, model.config))
     fault.remove()
     assert _hooks(model) == hooks
 
 
-@pytest.mark.parametrize("spec", [PRE_NORM, EAGLE3])
-def test_gradient_checkpointing_changes_nothing(spec: DraftSpec) -> None:
+def test_gradient_checkpointing_changes_nothing() -> None:
     model = tiny_model("llama", layers=4).requires_grad_(True)
-    head = DraftHead(spec, model.config)
+    head = DraftHead(EAGLE3, model.config)
     results = []
     for on in (False, True):
         if on:
