@@ -89,7 +89,9 @@ def _column_weights(count: int, device: torch.device) -> Tensor:
 
 def _words(tensor: Tensor) -> Tensor:
     """`[ceil(bytes / 4)]` int32: the tensor's bytes in row-major order, a view wherever one is possible."""
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    data = tensor.detach().contiguous()
+    # one element or none is contiguous at any stride, which `view` does not take
+    data = data.as_strided((data.numel(),), (1,)).view(torch.uint8)
     padding = -data.numel() % 4
     if padding:
         data = torch.cat([data, data.new_zeros(padding)])

@@ -73,7 +73,9 @@ def test_backends_agree(data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_and_offsets_do_not_matter(dtype: torch.dtype, backend: str) -> None:
     base = random((9, 11), dtype)
-    for view in (base.T, base[::2, 1::3], base[:, 1:], base[1:], base[3, 5], base[2, 3:6], base[:1].expand(4, 11)):
+    one, none = base[0, 4:6][::3], base[0, :0][::3]  # contiguous, and yet of stride 3
+    views = (base.T, base[::2, 1::3], base[:, 1:], base[1:], base[3, 5], base[2, 3:6], base[:1].expand(4, 11))
+    for view in (*views, one, none):
         assert digest(view, backend) == digest(view.clone(memory_format=torch.contiguous_format), backend)
 
 
