@@ -46,6 +46,10 @@ class Server(Member, Protocol):
         """False once its process has exited; true where it is not ours."""
         ...
 
+    def explain(self) -> None:
+        """Has it leave behind what shows where it hangs, if it is ours and does."""
+        ...
+
     def release(self) -> None:
         """Gives GPU memory back until `wake`. Raises `OSError` or `RunError` if it does not."""
         ...

@@ -212,6 +212,7 @@ class Health:
 
     def _restart(self, seat: Seat) -> None:
         """In a thread: starts a dead server until it is up or `start_timeout_s` is over."""
+        seat.server.explain()
         pause_s, until_s = self._probe_s, time.monotonic() + self._start_timeout_s
         while not self._closing.is_set():
             try:

@@ -113,6 +113,9 @@ def serve(argv: Sequence[str]) -> None:
     from sglang.srt.utils import kill_process_tree
     from sglang.srt.utils.auth import AuthLevel
 
+    from miles_spec.sync.loader import show_stacks
+
+    show_stacks()
     # these two return every argument of the server, the admin key included
     for endpoint in (http_server.server_info, http_server.get_server_info):
         endpoint._auth_level = AuthLevel.ADMIN_OPTIONAL

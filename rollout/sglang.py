@@ -35,6 +35,8 @@ CONTROL_S = 120.0
 """For a control call such as a flush or the release of memory."""
 FLUSH_S = 30.0
 """For requests that were given up to end, before a flush that cannot happen is an error."""
+STACKS_S = 1.0
+"""For processes to write their stacks."""
 
 
 class SGLangServer:
@@ -152,6 +154,18 @@ class SGLangServer:
         """False once the process has exited; true for a joined server, of which only `probe` knows."""
         process = self._process
         return self.joined or (process is not None and process.status() is None)
+
+    def explain(self) -> None:
+        """Before a server of ours that does not answer is restarted: has its log say where it stands."""
+        process = self._process
+        if process is not None and process.status() is None and process.dump_stacks():
+            time.sleep(STACKS_S)
+            log.warning(
+                "server %r: where its threads stand is at the end of %s, which a new start renames to %s.before",
+                self.name,
+                process.log,
+                process.log.name,
+            )
 
     def log_lines(self) -> str:
         """The end of its log; "" for a joined server."""

@@ -24,6 +24,7 @@ from pathlib import Path
 import miles_spec
 from miles_spec.rollout.launch import ADMIN_KEY, API_KEY, PARENT
 from miles_spec.rollout.sglang_api import Api, Keys
+from miles_spec.sync.loader import STACKS
 from miles_spec.types import RunError
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,20 @@ class ServerProcess:
             return "\n".join(file.read().decode(errors="replace").splitlines()[-count:])
         return ""
 
+    def dump_stacks(self) -> int:
+        """Has the processes of the group write the Python stacks of their threads to the log; how many were asked.
+
+        Those that handle `STACKS`, which are the server's own and, from the first push on, those with a part of the
+        model. What is written by when is up to them.
+        """
+        asked = 0
+        for pid in _members(self.pid):
+            with contextlib.suppress(OSError):
+                if _handles(pid, STACKS):  # of any other it would be the end
+                    os.kill(pid, STACKS)
+                    asked += 1
+        return asked
+
     def stop(self, grace_s: float = 5.0) -> None:
         """Ends it and all of its children: asks, waits `grace_s`, then kills. May be called again, from any thread."""
         if grace_s and self.status() is None:
@@ -142,6 +157,23 @@ class ServerProcess:
         except (ProcessLookupError, PermissionError):
             return False
         return True
+
+
+def _members(group: int) -> list[int]:
+    """The processes of a group; none where there is no /proc."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ProcessLookupError):
+            if os.getpgid(int(entry.name)) == group:
+                found.append(int(entry.name))
+    return found
+
+
+def _handles(pid: int, number: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
 def start_server(

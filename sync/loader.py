@@ -20,14 +20,19 @@ for longer than the time it named in its greeting. A fault goes to the trainer, 
 Up to 0.5.17 SGLang rings for a draft's update in the draft's model and then in the target's. So the model of a session
 of the target is remembered, and rung at for the draft it does nothing; the first session has to be the target's.
 
+From the first update on a process answers the signal `STACKS` with its threads' stacks on standard error, which is
+what a hung server leaves behind.
+
 Both models are remembered, so that one ring is enough for a push of both roles: a command may name the `role` that it
 and those after it are for.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
+import signal
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
@@ -43,6 +48,9 @@ from miles_spec.types import TensorMeta
 
 log = logging.getLogger(__name__)
 
+STACKS = signal.SIGUSR2
+"""SGLang itself uses SIGQUIT and SIGTERM."""
+
 _placements: weakref.WeakKeyDictionary[nn.Module, Placement] = weakref.WeakKeyDictionary()
 """What was learned, by the model; outlives sessions."""
 
@@ -52,6 +60,7 @@ _models: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictiona
 
 def load(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Answers the doorbell in `named_tensors` with a whole session, and returns when that has ended."""
+    show_stacks()
     try:
         bell = json.loads(bytes(named_tensors[0][1].cpu().tolist()))
         if bell["role"] == "draft" and model is _models.get("target"):
@@ -60,6 +69,11 @@ def load(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
         _answer(bell)
     except Exception:
         log.exception("miles-spec: an update of weights failed")
+
+
+def show_stacks() -> None:
+    """Has this process answer `STACKS` from now on."""
+    faulthandler.register(STACKS, file=2, all_threads=True)
 
 
 def _answer(bell: Mapping[str, Any]) -> None:

@@ -42,7 +42,7 @@ class FakeServer:
         self.most = MOST
         self.asleep = False
         self.memory_errors: list[Exception] = []
-        self.starts = self.stops = 0
+        self.starts = self.stops = self.explained = 0
         self.sent: list[str] = []
         self.aborts: list[str] = []
         self.left: list[str] = []
@@ -63,6 +63,9 @@ class FakeServer:
 
     def alive(self) -> bool:
         return self.up or self.joined
+
+    def explain(self) -> None:
+        self.explained += 1
 
     def check(self, request: Request) -> None:
         if request.sampling.stop:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
@@ -66,8 +65,6 @@ SETTINGS: dict[str, Any] = {
     "soft_watchdog_timeout": 10,
     **json.loads(os.environ.get("MILES_SPEC_TEST_SGLANG", "{}")),
 }
-SITE = "import faulthandler, signal\nfaulthandler.register(signal.SIGUSR2, all_threads=True)\n"
-"""Has every Python process of a server write its stacks to the log when it is asked to."""
 
 
 class Host:
@@ -142,8 +139,7 @@ class Host:
         if process is None:
             return "the server has no process"
         for _ in range(2):  # what stands in the same place twice is stuck there
-            for pid in _group(process.pid):
-                _ask_for_stacks(pid)
+            process.dump_stacks()
             time.sleep(1.5)
         return f"exit status {process.status()}; GPU: {_gpu()}\n{process.last_lines(150)}"
 
@@ -183,24 +179,6 @@ class Host:
         if "draft" not in self.server.manifest():
             self.learn()
         assert all(receipt.verified for receipt in self.push(Ipc(torch.device("cuda:0"))))
-
-
-def _group(pgid: int) -> list[int]:
-    pids = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            if entry.name.isdigit() and int((entry / "stat").read_text().rsplit(")", 1)[1].split()[2]) == pgid:
-                pids.append(int(entry.name))
-    return pids
-
-
-def _ask_for_stacks(pid: int) -> None:
-    """Sends the signal to a process that handles it; any other would die of it."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        handled = int(next(line for line in lines if line.startswith("SigCgt")).split()[1], 16)
-        if handled >> (signal.SIGUSR2 - 1) & 1:
-            os.kill(pid, signal.SIGUSR2)
 
 
 def _gpu() -> str:
@@ -251,48 +229,44 @@ def _draft(model: LlamaForCausalLM) -> DraftHead:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     folder = tmp_path_factory.mktemp("server")
-    (folder / "site").mkdir()
-    (folder / "site" / "sitecustomize.py").write_text(SITE)
     model = _model()
     draft = _draft(model)
     export_target(model, tiny_tokenizer(), folder / "target", dtype=torch.bfloat16)
     export(draft, folder / "draft", dtype=torch.bfloat16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder / "site"), os.environ.get("PYTHONPATH")])))
-        server = SGLangServer(
-            name="gpu",
-            settings=ServerSettings(
-                model_path=str(folder / "target"),
-                draft_path=str(folder / "draft"),
-                dtype="bfloat16",
-                context_length=CONTEXT,
-                max_running=RUNNING,
-                release=("weights", "kv_cache"),
-                extra=SETTINGS,
-            ),
-            keys=Keys.random(),
-            draft_depth=DEPTH,
-            launch=[sys.executable, "-m", "miles_spec.rollout.launch"],
-            gpus=[0],
-            folder=folder,
-            eos=[2],
-            vocab_size=VOCAB,
-            start_timeout_s=START_S,
-            push_timeout_s=LIMIT_S,
-        )
-        host = Host(server, model, draft)
-        try:
-            server.start()
-            host.learn()
-            assert all(receipt.verified for receipt in host.push())
-            # kernels are compiled at their first use, which may take longer than anything later
-            asked = REQUESTS + [replace(r, sampling=replace(r.sampling, temperature=0.7)) for r in MANY]
-            for batch in (REQUESTS[:1], asked):
-                host.within(180, "the first responses", partial(_plainly, host, batch))
-            yield host
-        finally:
-            server.stop()
-            host.syncer.transport.stop()
+    server = SGLangServer(
+        name="gpu",
+        settings=ServerSettings(
+            model_path=str(folder / "target"),
+            draft_path=str(folder / "draft"),
+            dtype="bfloat16",
+            context_length=CONTEXT,
+            max_running=RUNNING,
+            release=("weights", "kv_cache"),
+            extra=SETTINGS,
+        ),
+        keys=Keys.random(),
+        draft_depth=DEPTH,
+        launch=[sys.executable, "-m", "miles_spec.rollout.launch"],
+        gpus=[0],
+        folder=folder,
+        eos=[2],
+        vocab_size=VOCAB,
+        start_timeout_s=START_S,
+        push_timeout_s=LIMIT_S,
+    )
+    host = Host(server, model, draft)
+    try:
+        server.start()
+        host.learn()
+        assert all(receipt.verified for receipt in host.push())
+        # kernels are compiled at their first use, which may take longer than anything later
+        asked = REQUESTS + [replace(r, sampling=replace(r.sampling, temperature=0.7)) for r in MANY]
+        for batch in (REQUESTS[:1], asked):
+            host.within(180, "the first responses", partial(_plainly, host, batch))
+        yield host
+    finally:
+        server.stop()
+        host.syncer.transport.stop()
 
 
 def _plainly(host: Host, requests: Sequence[Request]) -> None:

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,36 @@ def test_stop_asks_and_then_kills(tmp_path: Path, deaf: bool) -> None:
     assert process.status() == (-9 if deaf else -15)
     stat_file = Path(f"/proc/{child}/stat")
     assert not stat_file.exists() or stat_file.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_stacks_of_those_that_can_show_them_stand_in_the_log(tmp_path: Path) -> None:
+    """A child that shows them, one that would die of the signal, and another group's process, which is not asked."""
+    program = """
+import subprocess, sys, time
+from miles_spec.sync.loader import show_stacks
+plain = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+def stuck_here():
+    print("up", flush=True)
+    while plain.poll() is None:
+        time.sleep(0.05)
+    print("a child died", flush=True)
+show_stacks()
+stuck_here()
+"""
+    process = ServerProcess([sys.executable, "-c", program], environment(), KEYS, tmp_path / "log")
+    try:
+        wait_for(lambda: "up" in process.last_lines())
+        assert process.dump_stacks() == 1
+        wait_for(lambda: "in stuck_here" in process.last_lines())
+        time.sleep(0.2)
+        assert process.status() is None and "a child died" not in process.last_lines()
+    finally:
+        process.stop(0.0)
+    assert process.dump_stacks() == 0
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.01)

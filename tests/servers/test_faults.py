@@ -47,6 +47,14 @@ def test_keys_stand_in_no_log_and_no_command_line(host: Any) -> None:
     assert host.server._process.log.stat().st_mode & 0o77 == 0
 
 
+def test_a_server_that_hangs_says_where(host: Any) -> None:
+    """The process that holds the model too, which has been pushed to."""
+    host.server.explain()
+    text = host.server._process.log.read_text(errors="replace")
+    assert "in event_loop" in text and "in serve" in text
+    assert host.server.alive()
+
+
 def test_abort_returns_what_there_is(host: Any, sampled: Any) -> None:
     requests = sampled(max_new_tokens=200, ignore_eos=True)[:2]
 
