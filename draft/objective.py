@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from miles_spec.draft.acceptance import estimate
@@ -42,7 +43,7 @@ class DraftObjective:
 def objective(
     head: DraftHead,
     embed_weight: Tensor,
-    lm_head_weight: Tensor,
+    target_head: Tensor,
     hidden: Tensor,
     states: Tensor,
     layout: PackedLayout,
@@ -56,11 +57,14 @@ def objective(
     ramp: float,
     rule: VerifyRule,
     temperature: float,
+    group: dist.ProcessGroup | None = None,
 ) -> DraftObjective:
     """Loss of `head` on a pack that the target has just been run over.
 
-    `hidden` `[T, H]` after the final norm, `states` `[T, S]` that `head` reads, `embed_weight` and `lm_head_weight`
-    `[V, H]`: the target's, detached.
+    `hidden` `[T, H]` after the final norm, `states` `[T, S]` that `head` reads, `embed_weight` `[V, H]` and
+    `target_head` `[Vd, H]` (`DraftHead.target_rows`): the target's, detached. With `group`, a TP group, the embedding
+    is this rank's share of the vocabulary, and so is `target_head` if the draft `shares_head`; all else is the same on
+    its ranks, as is what they return.
     `tokens` `[T]` int64, `loss_mask` `[T]` bool. `lse` and `logprobs` `[T]` float32 by row: log-sum-exp of the row's
     tempered logits, and the target's log-probability of the token that follows. Copies to the host a few times.
 
@@ -68,8 +72,9 @@ def objective(
     so that its gradient is that of the expected accepted tokens (end-to-end TV); `ramp`, which is `(1 - ramp) kl + ramp
     tv`.
     """
+    target_head = target_head.detach()
     targets = draft_targets(tokens, loss_mask, layout, depth)
-    unrolled = unroll(head, embed_weight, states, targets, layout)
+    unrolled = unroll(head, embed_weight, states, targets, layout, group=group)
     # blocks side by side, so that their depths share the teacher's logits
     rows, depths = targets.mask.T.nonzero().unbind(1)
     teacher = targets.teacher[depths, rows]
@@ -79,7 +84,7 @@ def objective(
     mix = Mix(ce=1) if loss == "ce" else Mix(kl=1 - share, tv=share)
     result = draft_loss(
         unrolled.flat,
-        head.head_rows(lm_head_weight),
+        target_head if head.lm_head is None else head.lm_head.weight,
         reach[read],
         head.to_draft[targets.labels[depths, rows]],
         mix=mix,
@@ -87,11 +92,12 @@ def objective(
         temperature=temperature,
         rows=unrolled.index(depths, rows),
         teacher_rows=(read.cumsum(0) - 1)[teacher],
-        teacher_head=None if head.lm_head is None else head.target_rows(lm_head_weight),
+        teacher_head=None if head.lm_head is None else target_head,
         teacher_lse=extend(lse.detach(), layout)[teacher],
         label_logprob=extend(logprobs.detach(), layout)[teacher],
         chain=depths,
         depth=depth,
+        group=group if head.shares_head else None,
     )
 
     def by_row(values: Tensor) -> Tensor:

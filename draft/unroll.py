@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor
 
 from miles_spec.draft.modules import DraftHead
@@ -19,6 +19,7 @@ from miles_spec.kernels.attention import Attend, PackedAttention, to_device
 from miles_spec.kernels.backend import Backend
 from miles_spec.kernels.chain_attention import ChainAttention
 from miles_spec.kernels.layout import PackedLayout
+from miles_spec.kernels.linear import vocab_rows
 from miles_spec.kernels.shift import DraftTargets
 
 
@@ -55,10 +56,12 @@ def unroll(
     targets: DraftTargets,
     layout: PackedLayout,
     backend: Backend = "auto",
+    group: dist.ProcessGroup | None = None,
 ) -> Unrolled:
     """The draft's states at the depths of `targets`; if there are several, copies one number per piece to the host.
 
-    `embed_weight` `[V, H]` and `states` `[T, S]`, the target's that `head` reads, must not require a gradient. Depth 1
+    `embed_weight` `[V, H]`, or with the TP group `group` this rank's share of it, and `states` `[T, S]`, the target's
+    that `head` reads, must not require a gradient. Depth 1
     runs every row, since prompts serve as keys; a row without a next token in its segment runs on whatever token its
     target names, and only rows that do not count attend to it. Deeper depths run, of each piece, the rows from the
     first that counts to the end: one set for all of them. What rows that do not count return is finite and means
@@ -68,7 +71,7 @@ def unroll(
     depths, size = targets.mask.shape
 
     def run(depth: int, rows: Tensor | slice, before: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
-        embed = F.embedding(targets.inputs[depth, rows], embed_weight)
+        embed = vocab_rows(embed_weight, targets.inputs[depth, rows], group)
         after, out = head(embed[None], before[None], targets.positions[depth, rows][None], attend)
         return after[0], out[0]
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from miles_spec.kernels.backend import jit, tl
@@ -116,6 +117,21 @@ def vocab_range(local: int, group: dist.ProcessGroup | None) -> tuple[int, int]:
     of ranks, as in Megatron; a vocabulary that does not divide evenly has to be padded before."""
     first = 0 if group is None else group.rank() * local
     return first, first + local
+
+
+def vocab_rows(weight: Tensor, ids: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """`[..., H]`, rows `ids` `[...]` int64 of a weight over the vocabulary, without a gradient: an embedding's lookup.
+
+    With `group`, `weight` is this rank's share (`vocab_range`), ids are global, and every rank gets all rows.
+    """
+    weight = weight.detach()
+    if group is None:
+        return F.embedding(ids, weight)
+    first, last = vocab_range(len(weight), group)
+    here = (first <= ids) & (ids < last)
+    rows = F.embedding(torch.where(here, ids - first, 0), weight).masked_fill_(~here[..., None], 0)
+    dist.all_reduce(rows, group=group)
+    return rows
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from math import isfinite, nan
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from miles_spec.config import RunConfig
@@ -49,12 +50,36 @@ class DraftTerms:
     acceptance: dict[str, SpecEstimate] = field(default_factory=dict)
 
 
-class DraftTrainer:
-    """Owns one draft, its optimizer, and the copy that stays as it was."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftRanks:
+    """Whom one replica of the draft shares its work with; None where there is no other rank."""
 
-    def __init__(self, draft: DraftHead, config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
-        """Takes over `draft` and moves it to `device` in float32; `dtype` is that of forward passes."""
+    vocab: dist.ProcessGroup | None = None
+    """The TP group: embedding and LM head are split, rows and replicas are alike."""
+    rows: dist.ProcessGroup | None = None
+    """Ranks with other rows: other packs, or other parts of the same. Gradients and sums are added over it."""
+    packs: dist.ProcessGroup | None = None
+    """Of those, one for each pack: estimates are of whole packs already."""
+
+
+class DraftTrainer:
+    """Owns one draft, its optimizer, and the copy that stays as it was.
+
+    On several ranks each has a replica, and all take the same steps.
+    """
+
+    def __init__(
+        self,
+        draft: DraftHead,
+        config: RunConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        ranks: DraftRanks | None = None,
+    ) -> None:
+        """Takes over `draft`, alike on all ranks, and moves it to `device` in float32; `dtype` is that of forward
+        passes."""
         self.config = config
+        self.ranks = ranks or DraftRanks()
         self.device = device
         self.dtype = dtype
         self.draft = draft.to(device=device, dtype=torch.float32).eval().requires_grad_(True)
@@ -87,7 +112,8 @@ class DraftTrainer:
     def begin(
         self, embed_weight: Tensor, head_weight: Tensor, *, train: bool, warm: bool = False, lr_scale: float = 1.0
     ) -> DraftStep:
-        """One step on the policy whose embedding and LM head `[V, H]` are given; they must not change before it ends.
+        """One step on the policy whose embedding and LM head `[V, H]`, or this rank's shares of them, are given; they
+        must not change before it ends. All ranks take it, however many micro-batches each has.
 
         Without `train` it only estimates acceptance. A `warm` step is on KL to the policy's distribution whatever
         `draft.loss` says, since TV has no gradient while the two barely overlap.
@@ -104,7 +130,8 @@ class DraftStep:
     """One step: `add` each micro-batch, then `finish`."""
 
     def __init__(self, owner: DraftTrainer, embed: Tensor, head: Tensor, *, train: bool, warm: bool, lr: float) -> None:
-        self._owner, self._embed, self._head = owner, embed, head
+        self._owner, self._embed = owner, embed
+        self._head = owner.draft.target_rows(head, owner.ranks.vocab)
         self._train, self._warm, self._lr = train, warm, lr
         self._watch = Stopwatch(owner.device)
         depth = owner.config.draft.num_steps
@@ -123,7 +150,8 @@ class DraftStep:
                 got = self._objective(owner.draft, batch, teacher)
             if self._train:
                 # the sum, since how many rows all micro-batches have together is known only in the end
-                if got.rows[0]:
+                # the other ranks of a pack that is cut wait for this one, whether or not it has rows that count
+                if got.rows[0] or batch.layout.cp_size > 1:
                     got.loss_sum.backward()
                 self._rows = [a + b for a, b in zip(self._rows, got.rows, strict=True)]
                 self._loss += got.loss_sum.detach()
@@ -139,6 +167,8 @@ class DraftStep:
         """The optimizer step, unless no row counted. A gradient that is not finite leaves the draft as it is and shows
         as a norm of NaN: a draft's fault costs speed, never the run."""
         owner = self._owner
+        with self._watch.running():
+            self._share()
         if not self._train or not self._rows[0]:
             return DraftTerms(seconds=self._watch.seconds, acceptance=self._acceptance)
         with self._watch.running():
@@ -153,6 +183,30 @@ class DraftStep:
             seconds=self._watch.seconds,
             acceptance=self._acceptance,
         )
+
+    def _share(self) -> None:
+        """Adds up over ranks what each has of the step."""
+        owner, depth = self._owner, len(self._rows)
+        if (group := owner.ranks.packs) is not None:
+            for which in ("cotrained", *(["frozen"] if owner.frozen is not None else [])):
+                mine = self._acceptance.get(which, SpecEstimate(accepted=0.0, verify_steps=0.0))
+                sums = torch.tensor([mine.accepted, mine.verify_steps], dtype=torch.float64, device=owner.device)
+                dist.all_reduce(sums, group=group)
+                accepted, steps = sums.tolist()
+                self._acceptance[which] = SpecEstimate(accepted=accepted, verify_steps=steps)
+        if (group := owner.ranks.rows) is None or not self._train:
+            return
+        parameters = list(owner.draft.parameters())
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        counts = torch.tensor(self._rows, dtype=torch.float64, device=owner.device)
+        sums = torch.cat([counts, self._loss.double()[None], self._by_depth.double()])
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        for tensor in (sums, flat):
+            dist.all_reduce(tensor, group=group)
+        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = grad.view_as(parameter)
+        self._rows = [round(n) for n in sums[:depth].tolist()]
+        self._loss, self._by_depth = sums[depth], sums[depth + 1 :]
 
     def _objective(self, head: DraftHead, batch: PackedBatch, teacher: Teacher) -> DraftObjective:
         config = self._owner.config
@@ -173,6 +227,7 @@ class DraftStep:
                 ramp=self._ramp,
                 rule=config.rollout.rule,
                 temperature=config.rollout.temperature or 1.0,
+                group=self._owner.ranks.vocab,
             )
 
     def _estimate(self, which: str, estimate: SpecEstimate) -> None:

@@ -61,6 +61,38 @@ def pack(
     return out
 
 
+def divide(batches: Sequence[PackedBatch], ranks: int) -> list[list[PackedBatch]]:
+    """The micro-batches of each of `ranks` data-parallel ranks, as many for all, since all take part in each one's
+    collectives: where packs run out, idle ones of two tokens stand in, which no loss sees.
+
+    By length, the longest first, to the rank with the fewest packs and then the fewest tokens. The same on all ranks.
+    """
+    shares: list[list[PackedBatch]] = [[] for _ in range(ranks)]
+    order = sorted(range(len(batches)), key=lambda i: (-len(batches[i].tokens), i))
+    for i in order:
+        least = min(shares, key=lambda share: (len(share), sum(len(b.tokens) for b in share)))
+        least.append(batches[i])
+    most = max(map(len, shares), default=0)
+    for share in shares:
+        share += [_idle(batches[0])] * (most - len(share))
+    return shares
+
+
+def _idle(like: PackedBatch) -> PackedBatch:
+    """Two tokens that count for nothing, in a segment of their own."""
+    more = [name for name in ("old_logprobs", "ref_logprobs") if getattr(like, name) is not None]
+    floats = torch.zeros(2, device=like.tokens.device)
+    return PackedBatch(
+        layout=PackedLayout.make([2], like.tokens.device),
+        tokens=like.tokens[:1].repeat(2),
+        loss_mask=torch.zeros(2, dtype=torch.bool, device=like.tokens.device),
+        advantages=floats,
+        rollout_logprobs=floats,
+        weights=floats,
+        **dict.fromkeys(more, floats),
+    )
+
+
 def _length(sample: Sample) -> int:
     return len(sample.prompt.tokens) + len(sample.completion.tokens)
 

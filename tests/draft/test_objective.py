@@ -44,8 +44,13 @@ def _forward(model: Any, layout: PackedLayout, tokens: Tensor) -> Tensor:
 
 
 @cache
-def _pack(family: str = "llama", temperature: float = 1.0, sequences: int = 12, layers: int = 2) -> Pack:
-    model = tiny_model(family, layers=layers).requires_grad_(True)
+def _pack(family: str = "llama", temperature: float = 1.0, sequences: int = 12, layers: int = 2, more: int = 0) -> Pack:
+    """Of a model with `more` tokens in its vocabulary than the tiny ones have."""
+    model = tiny_model(family, layers=layers)
+    if more:
+        torch.manual_seed(0)
+        model.resize_token_embeddings(model.config.vocab_size + more)
+    model.requires_grad_(True)
     g = torch.Generator().manual_seed(11)
     head = model.lm_head.weight
     rows = torch.randint(3, 61, (sequences, PROMPT), generator=g)
@@ -104,7 +109,13 @@ def _read(pack: Pack, head: DraftHead) -> Tensor:
 
 def _objective(pack: Pack, head: DraftHead, **how: Any) -> DraftObjective:
     settings = dict(depth=DEPTH, loss="ramp", ramp=0.5, rule="rejection", temperature=pack.temperature)
-    return objective(head, states=_read(pack, head), **pack.args, **{**settings, **how})
+    return objective(head, **_given(pack, head), **{**settings, **how})
+
+
+def _given(pack: Pack, head: DraftHead) -> dict[str, Any]:
+    """What the objective takes of the target."""
+    args = {k: v for k, v in pack.args.items() if k != "lm_head_weight"}
+    return {**args, "states": _read(pack, head), "target_head": head.target_rows(pack.args["lm_head_weight"])}
 
 
 def _end_to_end(acceptances: list[list[Tensor]]) -> Tensor:
@@ -207,9 +218,10 @@ def test_no_gradient_leaves_the_draft(kind: str, loss: str, spec: DraftSpec) -> 
     pack = _pack(kind, sequences=3, layers=_layers(spec))
     head = _head(pack, spec=spec)
     # even where the caller forgot to detach the LM head, the teacher or its scores
-    args = {**pack.args, "lm_head_weight": pack.model.lm_head.weight}
+    args = _given(pack, head)
+    if head.shares_head:
+        args["target_head"] = pack.model.lm_head.weight
     args["lse"] = pack.args["lse"].clone().requires_grad_()
-    args["states"] = _read(pack, head)
     objective(head, **args, depth=DEPTH, loss=loss, ramp=0.5, rule="rejection", temperature=1.0).loss_sum.backward()
     assert all(p.grad is None for p in pack.model.parameters()) and args["lse"].grad is None
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
@@ -227,10 +239,11 @@ def _share(
     counted = pack.args["loss_mask"] & (whole.segments >= len(lengths) - sampled)
     layout = PackedLayout.make(lengths, halo=DEPTH + 1, sharding=sharding, cp_group=group)
     shared = {k: layout.shard(pack.args[k]) for k in ("hidden", "tokens", "lse", "logprobs")}
-    shared["states"] = layout.shard(_read(pack, head))
+    given = _given(pack, head)
+    shared["states"] = layout.shard(given["states"])
     shared["loss_mask"] = layout.shard(counted)
     settings = dict(depth=DEPTH, loss="ramp", ramp=0.5, rule="rejection", temperature=1.0)
-    got = objective(head, **{**pack.args, **shared, "layout": layout}, **settings)
+    got = objective(head, **{**given, **shared, "layout": layout}, **settings)
     got.loss_sum.backward()
     estimate = got.estimate.accepted, got.estimate.verify_steps
     return float(got.loss_sum.detach()), list(got.rows), estimate, [p.grad for p in head.parameters()]
@@ -260,10 +273,42 @@ def test_ranks_of_a_cut_pack_add_up(sharding: str, sampled: int, spec: DraftSpec
         assert all(relative_error(a, b) < 1e-5 for a, b in zip(summed, grads, strict=True))
 
 
+def _split(group: dist.ProcessGroup, spec: DraftSpec, reduced: bool) -> tuple[float, tuple[float, float], list[Tensor]]:
+    """What one rank of a TP group finds, with its share of the vocabulary."""
+    pack = _pack(layers=_layers(spec), more=3)  # so that the ranks' shares are equal
+    head = _head(pack, torch.arange(0, len(pack.args["embed_weight"]), 3) if reduced else None, spec=spec)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    given = _given(pack, head)
+    given["embed_weight"] = given["embed_weight"].chunk(size)[rank]
+    given["target_head"] = head.target_rows(pack.args["lm_head_weight"].chunk(size)[rank].contiguous(), group)
+    assert len(given["target_head"]) == (len(head.to_draft) // size if head.shares_head else len(_ids(head)))
+    settings = dict(depth=DEPTH, loss="ramp", ramp=0.5, rule="rejection", temperature=1.0)
+    got = objective(head, **given, **settings, group=group)
+    got.loss_sum.backward()
+    return (
+        float(got.loss_sum.detach()),
+        (got.estimate.accepted, got.estimate.verify_steps),
+        [p.grad for p in head.parameters()],
+    )
+
+
+def _ids(head: DraftHead) -> Tensor:
+    return torch.arange(len(head.to_draft)) if head.vocab_ids is None else head.vocab_ids
+
+
+@pytest.mark.parametrize(("spec", "reduced"), [(EAGLE, False), (EAGLE, True), (EAGLE3, False), (EAGLE3, True)])
+def test_ranks_with_parts_of_the_vocabulary_agree(spec: DraftSpec, reduced: bool, ranks: Ranks) -> None:
+    """With one rank, and with each of two, the same loss, estimate and gradient."""
+    ((loss, estimate, grads),) = ranks.run(_split, 1, spec, reduced)
+    for got in ranks.run(_split, 2, spec, reduced):
+        assert got[0] == pytest.approx(loss, rel=1e-5) and got[1] == pytest.approx(estimate, rel=1e-5)
+        assert all(relative_error(a, b) < 1e-5 for a, b in zip(got[2], grads, strict=True))
+
+
 def test_an_empty_mask_gives_zero() -> None:
     pack = _pack()
     head = _head(pack)
-    args = {**pack.args, "states": _read(pack, head), "loss_mask": torch.zeros_like(pack.args["loss_mask"])}
+    args = {**_given(pack, head), "loss_mask": torch.zeros_like(pack.args["loss_mask"])}
     got = objective(head, **args, depth=DEPTH, loss="ramp", ramp=0.5, rule="target", temperature=1.0)
     got.loss_sum.backward()
     assert got.loss_sum == 0 and got.rows == (0, 0, 0) and got.loss_by_depth.tolist() == [0, 0, 0]
