@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_spec import checkpoint, models
+from miles_spec import checkpoint, models, processes
 from miles_spec.config import RunConfig
 from miles_spec.data import PromptSource, make_source
 from miles_spec.draft.export import check_served, served_target, served_tensors
@@ -35,7 +36,9 @@ from miles_spec.rollout.speculation import CostModel, calibrate
 from miles_spec.serving import Serving, Weights
 from miles_spec.sync.session import Syncer
 from miles_spec.sync.transports import InProcess
+from miles_spec.train import ranks as followers
 from miles_spec.train.packing import pack
+from miles_spec.train.ranks import Leader, Ranks
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import LossTerms, Prompt, Receipt, Request, Sample, Sampling
 
@@ -54,7 +57,7 @@ class Run:
     tokenizer: Any
     source: PromptSource
     scorer: Scorer
-    trainer: TorchTrainer
+    trainer: TorchTrainer | Leader
     engine: Engine
     serving: Serving | None
     """The servers behind `engine`; None for the embedded engine."""
@@ -108,7 +111,8 @@ class Run:
     def wake(self) -> None:
         """Gives the engine its memory back after training; a push must follow."""
         if self.trainer.device.type == "cuda":
-            torch.cuda.empty_cache()  # what training has left over, on the engine's own GPU
+            # what training has left over, on the engine's own GPUs
+            self.trainer.empty_cache() if isinstance(self.trainer, Leader) else torch.cuda.empty_cache()
         self.engine.wake()
 
     def gpu_gib_others(self) -> float | None:
@@ -124,9 +128,61 @@ class Run:
             self.serving.stop()
 
 
-def assemble(config: RunConfig, live: LiveTable) -> Run:
+def join(config: RunConfig) -> Ranks | None:
+    """The ranks of a run of several processes, of which this is one; None for a run of one.
+
+    Raises `ValueError` if the run cannot have so many, or if they were not started.
+    """
+    if processes.count(config) == 1:
+        return None
+    if "RANK" not in os.environ:
+        raise ValueError(f"train.ranks is {config.train.ranks}, and this is one process; start `miles-spec train`")
+    return Ranks.join(config.model.device)
+
+
+def make_trainer(
+    config: RunConfig, loaded: models.Loaded, draft: DraftHead | None, ranks: Ranks | None
+) -> TorchTrainer:
+    """This rank's trainer; all ranks make theirs at the same time. `ranks` is None in a run of one process."""
+    return TorchTrainer(loaded.model, draft, config, loaded.device, loaded.dtype)
+
+
+def start_trainer(
+    config: RunConfig, loaded: models.Loaded, draft: DraftHead | None, ranks: Ranks | None
+) -> TorchTrainer | Leader:
+    """The run's trainer: this process's own, or one that all ranks work in, with this draft."""
+    if ranks is None:
+        return make_trainer(config, loaded, draft, None)
+    ids, tensors = (None, None) if draft is None else (draft.vocab_ids, draft.state_dict())
+    return Leader(lambda: make_trainer(config, loaded, draft, ranks), ranks, ids, tensors)
+
+
+def follow(config: RunConfig, ranks: Ranks) -> None:
+    """All that a rank other than 0 does: it loads the model, makes its trainer when rank 0 does, and follows."""
+    torch.manual_seed(config.seed)
+    failed: Exception | None = None
+    try:
+        processes.log_to(Path(config.out) / "logs" / f"rank{ranks.rank}.log")
+        loaded = models.load(config.model)
+    except Exception as error:  # rank 0 raises it as soon as it asks for a trainer
+        failed = error
+
+    def build(ids: Tensor | None, tensors: dict[str, Tensor] | None) -> TorchTrainer:
+        if failed is not None:
+            raise failed
+        draft = None
+        if tensors is not None:
+            draft = given_draft(config, loaded) or fresh_draft(config, loaded, ids)
+            draft.load_state_dict(tensors)
+        return make_trainer(config, loaded, draft, ranks)
+
+    followers.follow(build, ranks)
+
+
+def assemble(config: RunConfig, live: LiveTable, ranks: Ranks | None = None) -> Run:
     """All parts of the run that `config` describes, resumed from its newest checkpoint if there is one.
 
+    With `ranks`, of which this is rank 0, all of them train; everything else is in this process.
     Raises `ValueError` in one sentence for whatever cannot work, the cheap checks first.
     """
     out = Path(config.out)
@@ -146,7 +202,7 @@ def assemble(config: RunConfig, live: LiveTable) -> Run:
     check_context(max_context, loaded.model)
     draft = given_draft(config, loaded)
     with ExitStack() as stack:
-        run = _assemble(config, live, out, loaded, source, scorer, draft, saved, max_context, stack)
+        run = _assemble(config, live, ranks, out, loaded, source, scorer, draft, saved, max_context, stack)
         stack.pop_all()
     return run
 
@@ -154,6 +210,7 @@ def assemble(config: RunConfig, live: LiveTable) -> Run:
 def _assemble(
     config: RunConfig,
     live: LiveTable,
+    ranks: Ranks | None,
     out: Path,
     loaded: models.Loaded,
     source: PromptSource,
@@ -193,7 +250,7 @@ def _assemble(
             saved_ids = None if saved is None else saved.tensors.get("draft.vocab_ids")
             chosen = saved_ids if saved is not None else vocabulary(plain, draft_config.vocab_size, loaded.model)
             draft = fresh_draft(config, loaded, chosen)
-    trainer = TorchTrainer(loaded.model, draft, config, loaded.device, loaded.dtype)
+    trainer = start_trainer(config, loaded, draft, ranks)
     losses: list[float] = []
     if saved is not None:
         trainer.load_state(saved.tensors, saved.values["trainer"])
@@ -363,7 +420,7 @@ def given_draft(config: RunConfig, loaded: models.Loaded) -> DraftHead | None:
 
 
 def _warm_start(
-    trainer: TorchTrainer, samples: Sequence[Sample], config: RunConfig, device: torch.device
+    trainer: TorchTrainer | Leader, samples: Sequence[Sample], config: RunConfig, device: torch.device
 ) -> Iterator[LossTerms]:
     """Draft-only steps on the policy's own rollouts."""
     budget = min(config.train.token_budget, WARMUP_BATCH_TOKENS)

@@ -45,9 +45,15 @@ def _train(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
     from miles_spec.settings import load
 
     config = load(arguments.run, settings)
-    from miles_spec.loop import train
+    from miles_spec.processes import rank, started
 
-    print(train(config))
+    leads = rank() == 0
+    with started(config, ["train", str(arguments.run), *settings]):
+        from miles_spec.loop import train
+
+        out = train(config)
+    if leads:
+        print(out)
 
 
 def _config(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
@@ -367,3 +373,9 @@ def _ours(traceback: TracebackType | None) -> bool:
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
     return str(traceback.tb_frame.f_globals.get("__name__")).split(".")[0] == "miles_spec"
+
+
+if __name__ == "__main__":
+    from miles_spec import cli  # under its name: errors of a module named `__main__` would not be ours
+
+    sys.exit(cli.main())

@@ -218,6 +218,9 @@ class TrainConfig:
 
     backend: Literal["torch"] = "torch"
     """`torch` trains a Hugging Face model in the process of the run."""
+    ranks: int = 1
+    """Processes that `miles-spec train` trains in, each on a GPU of its own where there are GPUs. It starts them
+    itself, unless torchrun has."""
     advantage: Literal["grpo", "rloo", "dr_grpo"] = "grpo"
     """How rewards become advantages within the samples of one prompt."""
     aggregation: Literal["auto", "sequence", "token", "constant"] = "auto"
@@ -339,6 +342,7 @@ _AT_LEAST = {
     "offline.epochs": 1,
     "offline.steps": 0,
     "offline.batch": 1,
+    "train.ranks": 1,
     "train.lr": 0,
     "train.lr_warmup_steps": 0,
     "train.weight_decay": 0,

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from miles_spec import rundir
-from miles_spec.assemble import Run, assemble
+from miles_spec.assemble import Run, assemble, follow, join
 from miles_spec.config import RunConfig
 from miles_spec.live import LiveTable
 from miles_spec.metrics import summary, sync_metrics, training_metrics
@@ -34,10 +34,18 @@ def train(config: RunConfig) -> Path:
 
     Ctrl-C ends the run after the step at hand and saves; a second one ends it at once. A step that fails loses nothing
     before it: the state after the last whole step is saved, then the error is raised.
+
+    In a run of several processes this is what rank 0 does. The others follow it until it ends.
     """
+    ranks = join(config)
+    if ranks is not None and ranks.rank:
+        follow(config, ranks)
+        return Path(config.out)
     with LiveTable(steps=config.steps) as live, interruptible() as interrupted, ExitStack() as stack:
+        if ranks is not None:
+            stack.callback(ranks.end)
         stack.enter_context(logged(Path(config.out)))
-        run = assemble(config, live)
+        run = assemble(config, live, ranks)
         stack.callback(run.stop)
         begun, step, cursor = time.perf_counter() - run.time_s, run.step, run.source.state()
         saved, saving_s = step, 0.0

@@ -339,3 +339,14 @@ def test_installed_script() -> None:
     done = subprocess.run([script, "config", "no.toml"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "miles-spec: error: there is no run file no.toml\n"
+
+
+def test_as_a_module(tmp_path: Path) -> None:
+    """As torchrun starts it; an error of this very module is a sentence too."""
+    command = [sys.executable, "-m", "miles_spec.cli"]
+    assert (
+        subprocess.run([*command, "--version"], capture_output=True, text=True).stdout == f"miles-spec {__version__}\n"
+    )
+    done = subprocess.run([*command, "report", str(tmp_path), "more"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "miles-spec: error: unexpected argument more; see `miles-spec --help`\n"

@@ -124,6 +124,7 @@ def test_good_configuration_passes() -> None:
         ({"train__clip_high": -0.1}, "train.clip_high is -0.1: give 0 or more"),
         ({"train__kl_coef": -0.1}, "train.kl_coef is -0.1: give 0 or more"),
         ({"train__tis_cap": -1.0}, "train.tis_cap is -1.0: give 0 or more"),
+        ({"train__ranks": 0}, "train.ranks is 0: give 1 or more"),
         ({"train__minibatches": 0}, "train.minibatches is 0: give 1 or more"),
         (
             {"train__minibatches": 65},

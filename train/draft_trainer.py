@@ -16,7 +16,7 @@ from math import isfinite, nan
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from miles_spec.config import RunConfig
 from miles_spec.draft.modules import DraftHead
@@ -109,6 +109,16 @@ class DraftTrainer:
         self.frozen = copy.deepcopy(self.draft).requires_grad_(False)
         self.frozen_version = self.version
 
+    def tensors(self, *, frozen: bool | None = None) -> dict[str, Tensor]:
+        """All that a checkpoint keeps, by its name there, not copies; with the frozen copy if there is one, or, to ask
+        for names and shapes, as `frozen` says."""
+        found = {f"draft.{name}": tensor for name, tensor in tensors_of(self.draft).items()}
+        found |= {f"draft_optim.{name}": tensor for name, tensor in self.optimizer.state().items()}
+        if self.frozen is not None or frozen:
+            kept = tensors_of(self.draft if self.frozen is None else self.frozen)
+            found |= {f"frozen.{name}": tensor for name, tensor in kept.items()}
+        return found
+
     def begin(
         self, embed_weight: Tensor, head_weight: Tensor, *, train: bool, warm: bool = False, lr_scale: float = 1.0
     ) -> DraftStep:
@@ -193,7 +203,8 @@ class DraftStep:
                 sums = torch.tensor([mine.accepted, mine.verify_steps], dtype=torch.float64, device=owner.device)
                 dist.all_reduce(sums, group=group)
                 accepted, steps = sums.tolist()
-                self._acceptance[which] = SpecEstimate(accepted=accepted, verify_steps=steps)
+                if which in self._acceptance or steps:
+                    self._acceptance[which] = SpecEstimate(accepted=accepted, verify_steps=steps)
         if (group := owner.ranks.rows) is None or not self._train:
             return
         parameters = list(owner.draft.parameters())
@@ -233,6 +244,13 @@ class DraftStep:
     def _estimate(self, which: str, estimate: SpecEstimate) -> None:
         before = self._acceptance.get(which)
         self._acceptance[which] = estimate if before is None else before + estimate
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and the buffers that a checkpoint keeps; detached, not copied."""
+    kept = module.state_dict().keys()
+    buffers = {name: b for name, b in module.named_buffers() if name in kept}
+    return {name: t.detach() for name, t in [*module.named_parameters(), *buffers.items()]}
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -1,5 +1,7 @@
 """One AdamW over named float32 parameters, with its clip, its non-finite guard and a state that names every moment.
 
+Parameters, gradients and moments may be sharded (`fsdp.py`); the norm is that of all ranks, and they agree on it.
+
 Invariant: an update is applied whole or not at all; a gradient that is not finite changes neither weights nor moments.
 """
 
@@ -10,6 +12,8 @@ from math import isfinite
 
 import torch
 from torch import Tensor, nn
+
+from miles_spec.train import fsdp
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -48,7 +52,7 @@ class AdamW:
         for p in self.parameters.values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.div_(divisor)
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        total = torch.nn.utils.get_total_norm(grads)
+        total = fsdp.full(torch.nn.utils.get_total_norm(grads))
         norm = float(total)
         if isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, total)

@@ -72,9 +72,9 @@ def divide(batches: Sequence[PackedBatch], ranks: int) -> list[list[PackedBatch]
     for i in order:
         least = min(shares, key=lambda share: (len(share), sum(len(b.tokens) for b in share)))
         least.append(batches[i])
-    most = max(map(len, shares), default=0)
+    most = max(map(len, shares))
     for share in shares:
-        share += [_idle(batches[0])] * (most - len(share))
+        share += [_idle(batches[0]) for _ in range(most - len(share))]
     return shares
 
 

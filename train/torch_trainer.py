@@ -1,8 +1,14 @@
-"""The trainer for one process: a Hugging Face policy and its draft, on one GPU or a CPU.
+"""The trainer of a Hugging Face policy and its draft, on one GPU, a CPU, or several ranks that share its work.
 
 Weights and moments are float32; forwards run under autocast where the run's dtype is bfloat16. The draft learns from
 detached states of the policy's own training forward, after the policy's backward, with an optimizer of its own.
-Invariant: nothing that the draft does reaches a weight, a gradient or a moment of the policy.
+
+On several ranks the policy is sharded (`fsdp.py`), the draft is replicated, and each rank takes its share of the
+micro-batches (`packing.divide`). Every rank has a trainer, built alike, and calls its methods with the same whole
+micro-batches at the same time.
+
+Invariants: nothing that the draft does reaches a weight, a gradient or a moment of the policy; how many ranks there are
+changes a step by rounding alone.
 
 Dimensions: `T` tokens of a micro-batch, `N` of them sampled, `H` hidden size, `V` vocabulary, `D` draft depths.
 """
@@ -11,11 +17,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -25,9 +33,20 @@ from miles_spec.draft.modules import DraftHead
 from miles_spec.kernels.attention import PackedAttention
 from miles_spec.kernels.logprob import LogProbs, logprob
 from miles_spec.models import embed_weight, head_weight, trunk
-from miles_spec.train.draft_trainer import DraftStep, DraftTerms, DraftTrainer, Teacher, autocast
-from miles_spec.train.losses import PolicyLoss, policy_loss
+from miles_spec.train import fsdp
+from miles_spec.train.draft_trainer import (
+    DraftRanks,
+    DraftStep,
+    DraftTerms,
+    DraftTrainer,
+    Teacher,
+    autocast,
+    tensors_of,
+)
+from miles_spec.train.losses import policy_loss
 from miles_spec.train.optimizer import AdamW
+from miles_spec.train.packing import divide
+from miles_spec.train.tally import Tally
 from miles_spec.types import LossTerms, PackedBatch, Role
 
 _Lesson = tuple[PackedBatch, LogProbs, Teacher]
@@ -46,8 +65,12 @@ class TorchTrainer:
         dtype: torch.dtype = torch.float32,
         *,
         policy: bool = True,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         """Takes over `model` and `draft` and moves them to `device` in float32; `dtype` is that of forward passes.
+
+        `group` are the ranks that share the work; `model` and `draft` are equal on all of them. A GPU that `model` does
+        not fit may still hold its share: then it comes on the CPU.
 
         Without `policy` the model only teaches the draft: there is no `step`, and the state does not hold it.
 
@@ -60,8 +83,10 @@ class TorchTrainer:
         self.version = 0
         self.draft_version = 0
         self.temperature = config.rollout.temperature or 1.0
+        self.group = group if group is not None and group.size() > 1 else None
         # never in training mode: the log-probabilities of a policy with dropout are not those its rollouts came from
-        self.model = model.to(device=self.device, dtype=torch.float32).eval().requires_grad_(policy)
+        whole = self.device if self.group is None else None
+        self.model = model.to(device=whole, dtype=torch.float32).eval().requires_grad_(policy)
         self.reference = None
         if config.train.kl_coef:
             self.reference = copy.deepcopy(self.model).to(dtype).requires_grad_(False)
@@ -73,18 +98,23 @@ class TorchTrainer:
                 if isinstance(module, GradientCheckpointingLayer):
                     # its own flag alone, without which it does not checkpoint; its children stay in eval mode
                     module.training = True
+        if self.group is not None:
+            fsdp.shard(self.model, self.group, self.device, dtype)
+            if self.reference is not None:
+                fsdp.shard(self.reference, self.group, self.device, dtype)
         train = config.train
         self.optimizer = None
         if policy:
             self.optimizer = AdamW(
                 dict(self.model.named_parameters()), betas=train.betas, weight_decay=train.weight_decay, clip=train.clip
             )
-        self.draft = None if draft is None else DraftTrainer(draft, config, self.device, dtype)
+        ranks = DraftRanks(rows=self.group, packs=self.group)
+        self.draft = None if draft is None else DraftTrainer(draft, config, self.device, dtype, ranks)
 
     def step(self, batches: Sequence[PackedBatch]) -> LossTerms:
         """One optimizer step of policy and draft over all micro-batches of one minibatch.
 
-        A micro-batch without sampled tokens is skipped; without any at all the policy's gradient is 0. The terms'
+        One rank skips a micro-batch without sampled tokens; without any at all the policy's gradient is 0. The terms'
         `draft_seconds` include the estimate of the frozen draft.
 
         Raises `FloatingPointError` if the policy's gradient is not finite; no weight has changed then. A draft whose
@@ -94,16 +124,11 @@ class TorchTrainer:
         train = self.config.train
         draft = None
         if self.draft is not None:
-            weights = embed_weight(self.model), head_weight(self.model)
-            draft = self.draft.begin(*weights, train=self.config.draft.train)
+            draft = self.draft.begin(*self._vocabulary(), train=self.config.draft.train)
         self.optimizer.zero()
-        tally = _Tally(self.device)
-        for batch in batches:
-            tokens = batch.loss_mask.nonzero().squeeze(1)
-            if not len(tokens):
-                continue
-            hidden, read = self._states(batch)
-            out = self._logprobs(self.model, hidden, batch, tokens)
+        tally = Tally(self.device)
+        for batch, tokens in self._sampled(batches):
+            hidden, read, out = self._forward(self.model, self._head, batch, tokens)
             loss = policy_loss(
                 out.logprob,
                 batch.advantages[tokens],
@@ -118,7 +143,7 @@ class TorchTrainer:
             total = (batch.weights[tokens] * loss.losses).sum()
             total.backward()
             tally.add(out, total.detach(), loss)
-            if draft is not None:
+            if draft is not None and len(tokens):
                 draft.add(batch, _teacher(hidden, read, out, tokens))
         warmup = min(1.0, (self.version + 1) / max(1, train.lr_warmup_steps))
         norm = self.optimizer.step(train.lr * warmup)
@@ -132,29 +157,40 @@ class TorchTrainer:
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch], *, reference: bool = False) -> list[Tensor]:
-        """See `Trainer`. Raises `ValueError` if a reference is asked for and none is kept."""
+        """See `Trainer`; the same on every rank. Raises `ValueError` if a reference is asked for and none is kept."""
         model = self.reference if reference else self.model
         if model is None:
             raise ValueError("no reference model is kept; set train.kl_coef above 0")
-        result = []
-        for batch in batches:
+        found = {}
+        once = {id(batch): batch for batch in batches}
+        for batch in self._share(list(once.values())):
             tokens = batch.layout.positions.nonzero().squeeze(1)
-            hidden, _ = self._run(model, None, batch)
-            out = self._logprobs(model, hidden, batch, tokens)
-            result.append(_scatter(out.logprob, tokens, batch.layout.tokens))
-        return result
+            _, _, out = self._forward(model, None, batch, tokens)
+            found[id(batch)] = _scatter(out.logprob, tokens, batch.layout.tokens)
+        if self.group is not None:
+            sizes = {key: batch.layout.tokens for key, batch in once.items()}
+            # those of other ranks are 0 here
+            parts = [found.get(key, torch.zeros(size, device=self.device)) for key, size in sizes.items()]
+            flat = torch.cat([torch.zeros(0, device=self.device), *parts])
+            dist.all_reduce(flat, group=self.group)
+            found = dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
+        return [found[id(batch)] for batch in batches]
 
     def warm_draft(self, batches: Sequence[PackedBatch], steps: int) -> Iterator[LossTerms]:
         """See `Trainer`. The policy's forward runs once per micro-batch, however many steps there are; the learning
-        rate falls linearly to 0, the loss is KL whatever `draft.loss` is, and the terms are as in `train_draft`.
+        rate falls linearly to 0, the loss is KL whatever `draft.loss` is, and the terms are as in `train_draft`. A step
+        is on one micro-batch however many ranks there are: all but one wait.
 
         Raises `ValueError` without a draft, or without a sampled token to learn from.
         """
-        lessons = list(self._taught(batches))
-        if steps and not lessons:
+        lessons = {id(lesson[0]): lesson for lesson in self._taught(batches)}
+        turns = [id(batch) for batch in batches if batch.loss_mask.any()]
+        if steps and not turns:
             raise ValueError("the draft cannot warm up: none of the responses has a token")
         for step in range(steps):
-            yield self._draft_step([lessons[step % len(lessons)]], train=True, warm=True, lr_scale=1 - step / steps)
+            mine = lessons.get(turns[step % len(turns)])
+            lr_scale = 1 - step / steps
+            yield self._draft_step([] if mine is None else [mine], train=True, warm=True, lr_scale=lr_scale)
 
     def train_draft(self, batches: Sequence[PackedBatch], *, lr_scale: float = 1.0) -> LossTerms:
         """One optimizer step of the draft alone over all micro-batches, at `lr_scale` times `draft.lr` and with
@@ -174,9 +210,13 @@ class TorchTrainer:
         self.draft.freeze()
 
     def weights(self, role: Role) -> Iterator[tuple[str, Tensor]]:
-        """See `Trainer`; tied weights come once. Raises `ValueError` for `draft` without a draft."""
+        """See `Trainer`; tied weights come once. Raises `ValueError` for `draft` without a draft.
+
+        On several ranks all ask for one tensor after the other together, and each gets copies of the whole target.
+        """
         if role == "target":
-            yield from _tensors(self.model).items()
+            for name, tensor in tensors_of(self.model).items():
+                yield name, fsdp.full(tensor)
             return
         if self.draft is None:
             raise ValueError("there is no draft to export; set draft.enabled")
@@ -185,7 +225,10 @@ class TorchTrainer:
             yield names[name], parameter.detach()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """See `Trainer`. Tensors are the trainer's own, not copies: write them out before the next step."""
+        """See `Trainer`. Tensors are the trainer's own, not copies: write them out before the next step.
+
+        On several ranks the first has them all, gathered in the host's memory, and the others none.
+        """
         values: dict[str, Any] = {"version": self.version}
         if self.draft is not None:
             values |= {
@@ -196,12 +239,17 @@ class TorchTrainer:
         random = {"random.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        return {**self._owned(), **random}, values
+        tensors = self._owned() | random
+        if self.group is None:
+            return tensors, values
+        leads = self.group.rank() == 0
+        gathered = ((name, fsdp.full(tensor)) for name, tensor in tensors.items())
+        return {name: whole.cpu() for name, whole in gathered if leads}, values
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """See `Trainer`. Also raises for a tensor that this run has no place for, such as a draft's in a run without,
         and for a draft over another vocabulary; no weight has changed when it raises. The random state of a GPU is
-        taken up where there is one."""
+        taken up where there is one. Every rank is given the whole state, of a run on any number of ranks."""
         if self.draft is not None and values.get("draft_frozen_version") is not None and self.draft.frozen is None:
             self.draft.freeze()
         owned = self._owned()
@@ -219,7 +267,7 @@ class TorchTrainer:
             if name not in owned and not name.startswith("random."):
                 raise ValueError(f"the checkpoint has tensor {name!r}, for which this run's configuration has no place")
         for name, tensor in owned.items():
-            tensor.copy_(tensors[name])
+            fsdp.fill(tensor, tensors[name])
         self.version = values["version"]
         if self.optimizer is not None:
             self.optimizer.set_steps(self.version)
@@ -233,24 +281,35 @@ class TorchTrainer:
             torch.cuda.set_rng_state(tensors["random.cuda"].cpu(), self.device)
 
     def _owned(self) -> dict[str, Tensor]:
-        """Every tensor of the state that has a fixed place in memory, by its name in a checkpoint."""
+        """Every tensor of the state that has a fixed place in memory, or this rank's share of it, by its name in a
+        checkpoint."""
         parts: dict[str, dict[str, Tensor]] = {}
         if self.optimizer is not None:
-            parts |= {"policy": _tensors(self.model), "policy_optim": self.optimizer.state()}
-        if self.draft is not None:
-            parts |= {"draft": _tensors(self.draft.draft), "draft_optim": self.draft.optimizer.state()}
-            if self.draft.frozen is not None:
-                parts["frozen"] = _tensors(self.draft.frozen)
-        return {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+            parts = {"policy": tensors_of(self.model), "policy_optim": self.optimizer.state()}
+        owned = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+        return owned if self.draft is None else owned | self.draft.tensors()
 
-    def _taught(self, batches: Iterable[PackedBatch]) -> Iterator[_Lesson]:
-        """What the draft learns from the batches that have a sampled token, without a gradient of the policy."""
-        for batch in batches:
+    def _share(self, batches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+        """This rank's micro-batches, as many as every other rank's."""
+        if self.group is None or not batches:
+            return batches
+        return divide(batches, self.group.size())[self.group.rank()]
+
+    def _sampled(self, batches: Sequence[PackedBatch]) -> Iterator[tuple[PackedBatch, Tensor]]:
+        """This rank's micro-batches and the indices `[N]` of their sampled tokens. Those that have none are left out,
+        but on several ranks, where each micro-batch of one is run beside one of every other."""
+        for batch in self._share(batches):
             tokens = batch.loss_mask.nonzero().squeeze(1)
+            if len(tokens) or self.group is not None:
+                yield batch, tokens
+
+    def _taught(self, batches: Sequence[PackedBatch]) -> Iterator[_Lesson]:
+        """What the draft learns from this rank's micro-batches that have a sampled token, without a gradient of the
+        policy."""
+        for batch, tokens in self._sampled(batches):
+            with torch.no_grad():
+                hidden, read, out = self._forward(self.model, self._head, batch, tokens)
             if len(tokens):
-                with torch.no_grad():
-                    hidden, read = self._states(batch)
-                    out = self._logprobs(self.model, hidden, batch, tokens)
                 yield batch, out, _teacher(hidden, read, out, tokens)
 
     def _draft_step(
@@ -258,19 +317,38 @@ class TorchTrainer:
     ) -> LossTerms:
         if self.draft is None:
             raise ValueError("there is no draft to train; set draft.enabled")
-        weights = embed_weight(self.model), head_weight(self.model)
-        draft = self.draft.begin(*weights, train=train, warm=warm, lr_scale=lr_scale)
-        tally = _Tally(self.device)
+        draft = self.draft.begin(*self._vocabulary(), train=train, warm=warm, lr_scale=lr_scale)
+        tally = Tally(self.device)
         for batch, out, teacher in lessons:
             tally.add(out)
             draft.add(batch, teacher)
         return self._terms(tally, 0.0, draft)
 
-    def _states(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Of the policy: `[T, H]` after the final norm and `[T, S]` that the draft reads, in the compute dtype."""
-        return self._run(self.model, None if self.draft is None else self.draft.draft, batch)
+    @property
+    def _head(self) -> DraftHead | None:
+        return None if self.draft is None else self.draft.draft
+
+    def _vocabulary(self) -> tuple[Tensor, Tensor]:
+        """The policy's embedding and LM head, whole, detached and in the compute dtype, in which they are gathered."""
+        weights = embed_weight(self.model), head_weight(self.model)
+        embed, head = (fsdp.full(weight.detach().to(self.dtype)) for weight in weights)
+        return embed, head
+
+    def _forward(
+        self, model: PreTrainedModel, head: DraftHead | None, batch: PackedBatch, tokens: Tensor
+    ) -> tuple[Tensor, Tensor, LogProbs]:
+        """What `_run` gives, detached, and of it the log-probabilities, the only way from a loss to the weights."""
+
+        def act() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            hidden, read = self._run(model, head, batch)
+            out = self._logprobs(model, hidden, batch, tokens)
+            return hidden.detach(), read.detach(), {f.name: getattr(out, f.name) for f in fields(out)}
+
+        hidden, read, out = fsdp.run(model, act)
+        return hidden, read, LogProbs(**out)
 
     def _run(self, model: PreTrainedModel, head: DraftHead | None, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Of `model`: `[T, H]` after the final norm and `[T, S]` that `head` reads, in the compute dtype."""
         layout = batch.layout
         with autocast(self.device, self.dtype):
             hidden, read = states.run(
@@ -293,12 +371,12 @@ class TorchTrainer:
             temperature=self.temperature,
         )
 
-    def _terms(self, tally: _Tally, grad_norm: float, draft: DraftStep | None) -> LossTerms:
+    def _terms(self, tally: Tally, grad_norm: float, draft: DraftStep | None) -> LossTerms:
         """Ends the draft's step and puts all terms together."""
         terms = DraftTerms() if draft is None else draft.finish()
         self.draft_version = 0 if self.draft is None else self.draft.version
         return LossTerms(
-            **tally.means(),
+            **tally.means(self.group),
             grad_norm=grad_norm,
             draft=terms.loss,
             draft_by_depth=terms.by_depth,
@@ -308,45 +386,10 @@ class TorchTrainer:
         )
 
 
-class _Tally:
-    """Sums over the sampled tokens of a step, on the device until the end."""
-
-    def __init__(self, device: torch.device) -> None:
-        zero = torch.zeros((), device=device)
-        self._tokens = 0
-        self._policy = self._entropy = self._clipped = self._capped = zero
-        self._rollout_kl = self._rollout_diff = self._ref_kl = zero
-
-    def add(self, out: LogProbs, total: Tensor | None = None, loss: PolicyLoss | None = None) -> None:
-        """One micro-batch; `total` `[]` is the sum of the weighted `loss`, and a warm start has neither."""
-        self._tokens += len(out.logprob)
-        self._entropy = self._entropy + out.entropy.sum()
-        if total is not None and loss is not None:
-            self._policy = self._policy + total
-            self._clipped = self._clipped + loss.clipped
-            self._capped = self._capped + loss.tis_capped
-            self._rollout_kl = self._rollout_kl + loss.rollout_kl
-            self._rollout_diff = torch.maximum(self._rollout_diff, loss.rollout_diff)
-            self._ref_kl = self._ref_kl + loss.ref_kl
-
-    def means(self) -> dict[str, float]:
-        """The policy's fields of `LossTerms`."""
-        n = max(1, self._tokens)
-        return {
-            "policy": float(self._policy),
-            "entropy": float(self._entropy) / n,
-            "clip_fraction": float(self._clipped) / n,
-            "tis_clip_fraction": float(self._capped) / n,
-            "rollout_kl": float(self._rollout_kl) / n,
-            "rollout_logprob_diff": float(self._rollout_diff),
-            "ref_kl": float(self._ref_kl) / n,
-        }
-
-
 def _teacher(hidden: Tensor, read: Tensor, out: LogProbs, tokens: Tensor) -> Teacher:
     return Teacher(
-        hidden=hidden.detach(),
-        states=read.detach(),
+        hidden=hidden,
+        states=read,
         lse=_scatter(out.lse, tokens - 1, len(hidden)),
         logprobs=_scatter(out.logprob.detach(), tokens - 1, len(hidden)),
     )
@@ -355,10 +398,3 @@ def _teacher(hidden: Tensor, read: Tensor, out: LogProbs, tokens: Tensor) -> Tea
 def _scatter(values: Tensor, index: Tensor, size: int) -> Tensor:
     """`[size]` with `values` `[N]` at `index` `[N]` and 0 elsewhere."""
     return values.new_zeros(size).index_copy_(0, index, values)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, tied ones once, and the buffers that a checkpoint keeps; detached, not copied."""
-    kept = module.state_dict().keys()
-    buffers = {name: b for name, b in module.named_buffers() if name in kept}
-    return {name: t.detach() for name, t in [*module.named_parameters(), *buffers.items()]}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miles_spec.train.packing import pack
+from miles_spec.train.packing import divide, pack
 from miles_spec.types import PackedBatch
 from oracles.policy import aggregate
 from oracles.samples import random_samples, sample
@@ -83,3 +85,29 @@ def test_nothing_gives_nothing() -> None:
 def test_a_prompt_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="has no tokens"):
         pack([sample([], [4, 5])], [1.0], **DEFAULTS)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=LENGTHS.filter(len), budget=st.integers(1, 30), ranks=st.integers(1, 5))
+def test_ranks_share_the_packs_and_idle_ones_count_for_nothing(
+    lengths: list[tuple[int, int]], budget: int, ranks: int
+) -> None:
+    samples = random_samples(lengths)
+    [batches] = pack(samples, [1.0] * len(samples), **{**DEFAULTS, "token_budget": budget})
+    batches = [replace(b, ref_logprobs=torch.ones_like(b.weights)) for b in batches]
+    shares = divide(batches, ranks)
+    assert len(shares) == ranks and {len(share) for share in shares} == {-(-len(batches) // ranks)}
+    known = {id(b) for b in batches}
+    assert sorted(id(b) for share in shares for b in share if id(b) in known) == sorted(known)
+    assert [[len(b.tokens) for b in s] for s in divide(batches, ranks)] == [[len(b.tokens) for b in s] for s in shares]
+    for idle in (b for share in shares for b in share if id(b) not in known):
+        assert (idle.layout.lengths, idle.layout.tokens, len(idle.tokens)) == ((2,), 2, 2)
+        assert not idle.loss_mask.any() and not idle.weights.any() and not idle.advantages.any()
+        assert idle.old_logprobs is None and idle.ref_logprobs is not None and len(idle.ref_logprobs) == 2
+
+
+def test_ranks_get_packs_of_like_size() -> None:
+    samples = random_samples([(1, n) for n in (9, 8, 7, 6, 5, 4)])
+    [batches] = pack(samples, [1.0] * 6, **{**DEFAULTS, "token_budget": 1})
+    for order in (batches, batches[::-1]):
+        assert [[b.layout.tokens for b in share] for share in divide(order, 2)] == [[10, 7, 6], [9, 8, 5]]

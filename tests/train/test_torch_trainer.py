@@ -262,7 +262,7 @@ def test_draft_gradient_is_the_objective_over_the_rows_of_all_micro_batches(loss
     head = DraftHead.attach(subject.model, EAGLE, None, torch.Generator().manual_seed(1))
     sampled = whole.loss_mask.nonzero().squeeze(1)
     with torch.no_grad():
-        hidden, states = subject._states(whole)
+        hidden, states = subject._run(subject.model, subject.draft.draft, whole)
         logits = hidden @ head_weight(subject.model).T
     logprobs = torch.zeros(len(hidden))
     logprobs[sampled] = torch.log_softmax(logits, -1)[sampled - 1, whole.tokens[sampled]]

@@ -1,0 +1,118 @@
+"""How many processes a run has, and what becomes of those that are started; they import nothing heavy here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from miles_spec import processes
+from miles_spec.assemble import join
+from miles_spec.config import RunConfig
+from miles_spec.processes import count, log_to, started
+
+SLEEPS = "import os, sys, time; open(os.path.join(sys.argv[1], os.environ['RANK']), 'w').close(); time.sleep(60)"
+WRITES = """
+import json, os, sys
+names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+with open(os.path.join(sys.argv[1], os.environ["RANK"]), "w") as file:
+    json.dump([[os.environ[name] for name in names], sys.argv[2:], os.getsid(0) == os.getpid()], file)
+"""
+
+
+def ranks(number: int) -> RunConfig:
+    config = RunConfig()
+    return replace(config, train=replace(config.train, ranks=number))
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(processes, "SHARING", frozenset({"torch"}))
+
+
+def test_count() -> None:
+    assert [count(ranks(1)), count(ranks(3)), processes.rank()] == [1, 3, 0]
+    os.environ |= {"RANK": "1", "WORLD_SIZE": "4"}
+    assert [count(ranks(1)), count(ranks(4)), processes.rank()] == [4, 4, 1]
+    with pytest.raises(ValueError, match=r"^train\.ranks is 3, and 4 processes were started: give 4, or 1$"):
+        count(ranks(3))
+
+
+def test_count_refuses_a_trainer_that_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "SHARING", frozenset())
+    assert count(ranks(1)) == 1
+    with pytest.raises(ValueError, match=r'^train\.backend = "torch" trains in one process, not in 2; set'):
+        count(ranks(2))
+
+
+def test_join_needs_the_other_processes() -> None:
+    assert join(ranks(1)) is None
+    with pytest.raises(ValueError, match=r"^train\.ranks is 2, and this is one process; start `miles-spec train`$"):
+        join(ranks(2))
+
+
+def test_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", WRITES, str(tmp_path)))
+    with started(ranks(3), ["train", "x"]):
+        first = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+        port = os.environ["MASTER_PORT"]
+        del os.environ["RANK"]  # as joining does
+    assert first == ["0", "0", "3"]
+    for rank in "12":
+        told = json.loads((tmp_path / rank).read_text())
+        assert told == [[rank, rank, "3", "3", "127.0.0.1", port], ["train", "x"], True]
+
+
+def test_nothing_is_started_for_one_rank_or_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "COMMAND", ("/nowhere",))
+    with started(ranks(1), []):
+        assert "RANK" not in os.environ
+    os.environ |= {"RANK": "1", "WORLD_SIZE": "2"}
+    with started(ranks(2), []):
+        assert os.environ["RANK"] == "1"
+
+
+def test_an_error_ends_them_soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", SLEEPS, str(tmp_path)))
+    monkeypatch.setattr(processes, "END_AFTER_ERROR_S", 0.2)
+    start = time.monotonic()
+    with pytest.raises(KeyError), started(ranks(2), []):
+        del os.environ["RANK"]
+        while not (tmp_path / "1").exists():
+            time.sleep(0.01)
+        raise KeyError
+    assert time.monotonic() - start < 10
+
+
+def test_one_that_ends_at_once_ends_the_run() -> None:
+    code = (
+        "import sys, time; from miles_spec import processes as p; from miles_spec.config import *\n"
+        "p.SHARING, p.COMMAND = {'torch'}, (sys.executable, '-c', 'raise SystemExit(7)')\n"
+        "with p.started(RunConfig(train=TrainConfig(ranks=3)), []): time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert done.stderr in [f"miles-spec: error: rank {rank} ended with status 7 at its start\n" for rank in (1, 2)]
+
+
+def test_log_to(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "rank1.log"
+    code = (
+        "import logging, os, sys; from pathlib import Path; from miles_spec.processes import log_to\n"
+        f"print('before', flush=True); log_to(Path({str(path)!r})); print('printed'); os.write(2, b'raw\\n')\n"
+        "logging.getLogger('miles_spec.x').info('logged')"
+    )
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "before\n", "")
+    text = path.read_text()
+    assert text.count("printed") == text.count("raw") == text.count(" INFO miles_spec.x: logged\n") == 2
+    with pytest.raises(OSError):
+        log_to(path / "below")

@@ -1,0 +1,289 @@
+"""The Megatron trainer against the torch trainer, and against itself over every layout of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import megatron_cpu
+from conftest import tiny_config
+from miles_spec.config import RunConfig
+from miles_spec.draft.modules import DraftHead
+from miles_spec.draft.spec import EAGLE
+from miles_spec.kernels.attention import NAME
+from miles_spec.train.torch_trainer import TorchTrainer
+from miles_spec.types import LossTerms, PackedBatch
+from oracles.samples import random_samples
+
+from .test_torch_trainer import LENGTHS, assert_near, assert_same, batches, config
+
+pytestmark = megatron_cpu.installed
+
+STEPS = 3
+Outcome = tuple[list[LossTerms], dict[str, Tensor], dict[str, Tensor]]
+"""Terms of each step, then the checkpoint's tensors of policy and of draft."""
+
+
+def _model(family: str) -> Any:
+    """Tiny, of sizes that 2 and 4 ranks divide."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    return AutoModelForCausalLM.from_config(tiny_config(family, **sizes), attn_implementation=NAME).eval()
+
+
+def _packs() -> list[PackedBatch]:
+    samples = random_samples(LENGTHS)
+    packs = batches(samples)
+    # as a second minibatch and a reference would have it
+    return [replace(pack, old_logprobs=pack.rollout_logprobs - 0.05) for pack in packs]
+
+
+def _run(**train: Any) -> RunConfig:
+    # small steps: AdamW makes as much of the rounding of a gradient near 0 as of one that is not
+    return config(
+        rollout={"temperature": 0.8, "verify": "rejection"}, draft={"lr": 1e-3}, **{"tis_cap": 1.5, "lr": 1e-3, **train}
+    )
+
+
+def _outcome(trainer: Any, packs: Sequence[PackedBatch], steps: int = STEPS) -> Outcome:
+    terms = [trainer.step(packs) for _ in range(steps)]
+    tensors, _ = trainer.state()
+    policy = {name: t.clone() for name, t in tensors.items() if name.startswith("policy")}
+    return terms, policy, {name: t.clone() for name, t in tensors.items() if name.startswith(("draft", "frozen"))}
+
+
+def _draft(model: Any) -> DraftHead:
+    return DraftHead.attach(model, EAGLE, None, torch.Generator().manual_seed(1))
+
+
+@cache
+def _oracle(family: str) -> Outcome:
+    model = _model(family)
+    trainer = TorchTrainer(model, _draft(model), _run(), "cpu")
+    trainer.freeze_draft()
+    return _outcome(trainer, _packs())
+
+
+def _trained(arguments: Any, table: Mapping[str, Any], family: str, drafts: bool, train: Mapping[str, Any]) -> Outcome:
+    from miles_spec.train.megatron import MegatronTrainer
+
+    model = _model(family)
+    run = replace(_run(**train), megatron=dict(table))
+    trainer = MegatronTrainer(model, _draft(model) if drafts else None, run, "cpu")
+    if drafts:
+        trainer.freeze_draft()
+    return _outcome(trainer, _packs())
+
+
+def megatron(table: Mapping[str, Any], size: int, family: str = "llama", drafts: bool = True, **train: Any) -> Outcome:
+    """What rank 0 has in the end; terms are the same on all."""
+    outcomes = megatron_cpu.run(_trained, table, size, table, family, drafts, train)
+    assert all(repr(o[0]) == repr(outcomes[0][0]) for o in outcomes)
+    return outcomes[0]
+
+
+TP, PP, CP, EP, SP = (
+    f"{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context", "expert_model", "sequence")
+)
+LAYOUTS: list[tuple[dict[str, Any], int]] = [
+    ({}, 1),
+    ({}, 2),
+    ({CP: 2}, 2),
+    ({CP: 4}, 4),
+    ({TP: 2}, 2),
+    ({TP: 2, "sequence_parallel": True}, 2),
+    ({PP: 2}, 2),
+    ({PP: 2, CP: 2}, 4),
+    ({TP: 2, CP: 2, "sequence_parallel": True}, 4),
+]
+
+
+def _ident(value: Any) -> str | None:
+    return "-".join(f"{k.split('_')[0]}{v}" for k, v in value.items()) or "dp" if isinstance(value, dict) else None
+
+
+@pytest.mark.parametrize(("table", "size"), LAYOUTS, ids=_ident)
+def test_steps_are_those_of_the_torch_trainer(table: dict[str, Any], size: int) -> None:
+    """Losses, estimates, weights and moments of policy and draft after three steps."""
+    terms, policy, draft = megatron(table, size)
+    for got, expected in zip(terms, _oracle("llama")[0], strict=True):
+        for name in ("policy", "entropy", "grad_norm", "rollout_kl", "rollout_logprob_diff", "clip_fraction", "draft"):
+            assert getattr(got, name) == pytest.approx(getattr(expected, name), rel=1e-4, abs=1e-6), name
+        assert got.draft_by_depth == pytest.approx(expected.draft_by_depth, rel=1e-4)
+        assert got.acceptance.keys() == expected.acceptance.keys() == {"cotrained", "frozen"}
+        for which, estimate in expected.acceptance.items():
+            assert got.acceptance[which].accept_length == pytest.approx(estimate.accept_length, rel=1e-4)
+    assert_near(policy, _oracle("llama")[1], 1e-5)
+    assert_near(draft, _oracle("llama")[2], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "table", "size"),
+    [
+        ("qwen3", {TP: 2}, 2),
+        ("qwen2", {TP: 2, PP: 2}, 4),
+        ("qwen3_moe", {EP: 2}, 2),
+        # gloo cannot gather the experts' unequal numbers of tokens over tensor-parallel ranks
+        ("qwen3_moe", {TP: 2, EP: 2, "expert_tensor_parallel_size": 1, "sequence_parallel": True}, 4),
+    ],
+    ids=str,
+)
+def test_families_and_experts(family: str, table: dict[str, Any], size: int) -> None:
+    terms, policy, draft = megatron(table, size, family)
+    assert terms[-1].grad_norm == pytest.approx(_oracle(family)[0][-1].grad_norm, rel=1e-4)
+    assert_near(policy, _oracle(family)[1], 1e-5)
+    assert_near(draft, _oracle(family)[2], 1e-5)
+
+
+@pytest.mark.parametrize(("table", "size"), LAYOUTS, ids=_ident)
+def test_the_policy_is_the_same_with_and_without_a_draft(table: dict[str, Any], size: int) -> None:
+    """Weights and moments bit for bit."""
+    assert_same(megatron(table, size)[1], megatron(table, size, drafts=False)[1])
+
+
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@pytest.mark.parametrize("table", [RECOMPUTE, {"recompute_granularity": "selective"}], ids=["full", "selective"])
+def test_recomputed_activations_change_nothing(table: dict[str, Any]) -> None:
+    """Under a pipeline, where a micro-batch is recomputed after the next one's forward."""
+    assert_near(megatron({PP: 2, **table}, 2)[1], _oracle("llama")[1], 1e-5)
+
+
+def _resumed(arguments: Any, table: Mapping[str, Any], saved: Any, steps: int) -> Any:
+    """`steps` steps from the start, or from what was saved; the state at their end."""
+    from miles_spec.train.megatron import MegatronTrainer
+
+    model = _model("llama")
+    trainer = MegatronTrainer(model, _draft(model), replace(_run(), megatron=dict(table)), "cpu")
+    trainer.freeze_draft()
+    if saved is not None:
+        trainer.load_state(*saved)
+    for _ in range(steps):
+        trainer.step(_packs())
+    tensors, values = trainer.state()
+    return {name: tensor.clone() for name, tensor in tensors.items()}, values
+
+
+def resumed(table: Mapping[str, Any], size: int, saved: Any, steps: int) -> Any:
+    return megatron_cpu.run(_resumed, table, size, table, saved, steps)[0]
+
+
+@pytest.mark.parametrize(("table", "size"), [({}, 2), ({TP: 2}, 2), ({PP: 2}, 2), ({CP: 2}, 2)], ids=_ident)
+def test_resume_is_bit_for_bit(table: dict[str, Any], size: int) -> None:
+    whole, values = resumed(table, size, None, 3)
+    again, values_again = resumed(table, size, resumed(table, size, None, 1), 2)
+    assert_same(again, whole)
+    assert values == values_again and values["version"] == values["draft_version"] == 3
+
+
+def test_a_checkpoint_goes_to_any_layout_and_to_the_torch_trainer() -> None:
+    """The values are those that were saved; the next step is near."""
+    saved = resumed({PP: 2}, 2, None, 1)
+    for table, size in (({TP: 2, CP: 2}, 4), ({}, 1)):
+        assert_same(resumed(table, size, saved, 0)[0], saved[0])
+    torch_trainer = TorchTrainer(model := _model("llama"), _draft(model), _run(), "cpu")
+    torch_trainer.freeze_draft()
+    torch_trainer.load_state(*saved)
+    assert_same(torch_trainer.state()[0], saved[0])
+    back = resumed({TP: 2}, 2, torch_trainer.state(), 1)[0]
+    torch_trainer.step(_packs())
+    named = {name: tensor for name, tensor in torch_trainer.state()[0].items() if not name.startswith("random")}
+    assert_near({name: back[name] for name in named}, named, 1e-5)
+
+
+def _passes(arguments: Any, table: Mapping[str, Any]) -> Any:
+    """What the other methods give: log-probabilities of policy and reference, the draft's own steps, the weights."""
+    from miles_spec.train.megatron import MegatronTrainer
+
+    model = _model("llama")
+    run = replace(_run(kl_coef=0.1), megatron=dict(table))
+    return _other_methods(MegatronTrainer(model, _draft(model), run, "cpu"))
+
+
+def _other_methods(trainer: Any) -> Any:
+    packs = [replace(pack, ref_logprobs=pack.rollout_logprobs - 0.1) for pack in _packs()]
+    before = trainer.logprobs(packs)
+    trainer.step(packs)
+    after, reference = trainer.logprobs(packs), trainer.logprobs(packs, reference=True)
+    losses = [terms.draft for terms in trainer.warm_draft(packs[:1], 2)]
+    trained, estimate = trainer.train_draft(packs, lr_scale=0.5), trainer.estimate_draft(packs)
+    weights = {name: tensor.clone() for name, tensor in trainer.weights("target")}
+    drafts = {name: tensor.clone() for name, tensor in trainer.weights("draft")}
+    return before, after, reference, losses, trained.draft, estimate.acceptance["cotrained"], weights, drafts
+
+
+@pytest.mark.parametrize(("table", "size"), [({PP: 2}, 2), ({TP: 2, CP: 2}, 4)], ids=_ident)
+def test_the_other_methods(table: dict[str, Any], size: int) -> None:
+    model = _model("llama")
+    expected = _other_methods(TorchTrainer(model, _draft(model), _run(kl_coef=0.1), "cpu"))
+    got = megatron_cpu.run(_passes, table, size, table)[0]
+    for ours, theirs in zip(got[:3], expected[:3], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert got[3] == pytest.approx(expected[3], rel=1e-4) and got[4] == pytest.approx(expected[4], rel=1e-4)
+    assert got[5].accept_length == pytest.approx(expected[5].accept_length, rel=1e-4)
+    assert_near(got[6], expected[6], 3e-5)
+    assert_near(got[7], expected[7], 3e-5)
+
+
+def _few(arguments: Any) -> Any:
+    """One pack on two data-parallel ranks, then one without a token that counts, then a gradient that is not finite."""
+    from miles_spec.train.megatron import MegatronTrainer
+
+    model = _model("llama")
+    trainer = MegatronTrainer(model, _draft(model), _run(), "cpu")
+    [pack] = batches(random_samples(LENGTHS), budget=1000)
+    one = trainer.step([pack])
+    none = trainer.step([replace(pack, loss_mask=torch.zeros_like(pack.loss_mask))])
+    before = trainer.state()[0]
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    broken = replace(pack, weights=pack.weights * float("nan"))
+    with pytest.raises(FloatingPointError, match="at version 2; its weights are unchanged"):
+        trainer.step([broken])
+    after = trainer.state()[0]
+    policy = [name for name in before if name.startswith("policy")]
+    return one, none, all(torch.equal(before[name], after[name]) for name in policy)
+
+
+def test_fewer_packs_than_ranks_and_nothing_to_learn_from() -> None:
+    [pack] = batches(random_samples(LENGTHS), budget=1000)
+    model = _model("llama")
+    oracle = TorchTrainer(model, _draft(model), _run(), "cpu")
+    expected = oracle.step([pack])
+    for one, none, unchanged in megatron_cpu.run(_few, {}, 2):
+        assert one.policy == pytest.approx(expected.policy, rel=1e-5) and one.draft == pytest.approx(expected.draft)
+        assert none.grad_norm == none.policy == none.draft == 0
+        assert unchanged
+
+
+def _refused(arguments: Any, family: str, table: Mapping[str, Any], aux: bool) -> str:
+    from miles_spec.draft.spec import EAGLE3
+    from miles_spec.train.megatron import MegatronTrainer
+
+    model = _model(family)
+    spec = EAGLE3 if aux else EAGLE
+    try:
+        draft = DraftHead(spec, model.config, None, aux_layers=(0, 1, 2)) if aux else _draft(model)
+        MegatronTrainer(model, draft, replace(_run(), megatron=dict(table)), "cpu")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_what_is_not_supported_is_refused_by_name() -> None:
+    """Before a weight is loaded; what `[megatron]` itself may not say is in test_megatron_args.py."""
+
+    def refused(family: str, table: Mapping[str, Any], size: int = 1, aux: bool = False) -> str:
+        return str(megatron_cpu.run(_refused, {}, size, family, table, aux)[0])
+
+    assert refused("gemma", {}).startswith("gemma: no mapping to Megatron")
+    assert "world" in refused("llama", {TP: 4})
+    assert "EAGLE3" in refused("llama", {}, aux=True)

@@ -1,0 +1,524 @@
+"""The trainer on megatron-core: tensor, pipeline, context, expert and data parallelism over packed sequences.
+
+Every rank has one, built alike, and calls its methods with the same whole micro-batches at the same time; each takes
+its data-parallel share of them and its context-parallel part of each. What a method returns holds on rank 0.
+
+The draft is replicated on the ranks of the last pipeline stage, where its objective runs on the detached states of the
+policy's own forward, right after it: Megatron's MTP block and loss are not used, so that nothing of the draft is in the
+policy's graph, and one code trains a draft of any family in every trainer.
+
+Invariants: nothing that the draft does reaches a weight, a gradient or a moment of the policy; how ranks are laid out
+changes a step by rounding alone.
+
+Dimensions: `T` tokens of a micro-batch, `R` rows of it on this rank, `N` of those that predict a sampled token, `H`
+hidden size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from miles_spec.config import RunConfig
+from miles_spec.draft.modules import DraftHead
+from miles_spec.kernels.layout import PackedLayout
+from miles_spec.kernels.logprob import LogProbs, logprob
+from miles_spec.train import megatron_weights
+from miles_spec.train.draft_trainer import DraftStep, DraftTerms, DraftTrainer, Teacher
+from miles_spec.train.losses import policy_loss
+from miles_spec.train.megatron_args import MegatronArguments
+from miles_spec.train.megatron_model import build, initialize
+from miles_spec.train.megatron_optimizer import STATES, PolicyOptimizer
+from miles_spec.train.megatron_ranks import MegatronRanks
+from miles_spec.train.packing import divide
+from miles_spec.train.tally import Tally
+from miles_spec.types import LossTerms, PackedBatch, Role, SpecEstimate
+
+WHICH = ("cotrained", "frozen")
+"""Drafts whose acceptance is estimated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Part:
+    """This rank's rows of a micro-batch."""
+
+    batch: PackedBatch
+    """With `R` rows: a token, and its mask, for each row; nothing of the policy's loss."""
+    whole: PackedBatch
+    rows: Tensor
+    """`[N]` int64, rows whose next token counts."""
+    tokens: Tensor
+    """`[N]` int64, which token of `whole` that is."""
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """`[R]` with `values` `[N]` at `rows` and 0 elsewhere."""
+        return values.new_zeros(self.batch.layout.tokens).index_copy_(0, self.rows, values)
+
+
+_Lesson = tuple[_Part, LogProbs, Teacher]
+
+
+class MegatronTrainer:
+    """Implements `Trainer`. Without a draft it trains the policy alone; with `draft.train = false` it only estimates
+    the draft's acceptance."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        draft: DraftHead | None,
+        config: RunConfig,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        *,
+        policy: bool = True,
+    ) -> None:
+        """`model` and `draft` are equal on all ranks; `model` gives its configuration and weights and is not kept.
+
+        Without `policy` the model only teaches the draft. With `train.kl_coef` above 0 the reference is what `model`
+        holds, in the host's memory. Needs `torch.distributed`. Raises `ValueError` for a model or a layout that is not
+        supported.
+        """
+        self.config = config
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.version = 0
+        self.draft_version = 0
+        self.temperature = config.rollout.temperature or 1.0
+        self.hf_config = model.config
+        self.arguments = MegatronArguments.make(config.megatron, dist.get_world_size())
+        self.arguments.check(model.config)
+        if not parallel_state.model_parallel_is_initialized():
+            initialize(self.arguments)
+        self.ranks = MegatronRanks()
+        if draft is not None and draft.aux_layers:
+            raise ValueError(
+                "a draft that reads states between the layers (EAGLE3) is trained by the torch trainer only"
+            )
+        self.policy = build(model.config, self.arguments, dtype).to(self.device)
+        named = dict(model.named_parameters())
+        megatron_weights.load(self.policy, named, model.config)
+        self.policy.requires_grad_(policy)
+        self.reference = None
+        if config.train.kl_coef:
+            self.reference = {name: p.detach().to("cpu", copy=True) for name, p in self.policy.named_parameters()}
+        self.optimizer = None
+        self._model: Any = self.policy
+        if policy:
+            self._model = DistributedDataParallel(
+                config=self.policy.config,
+                ddp_config=DistributedDataParallelConfig(
+                    **{"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, **self.arguments.ddp}
+                ),
+                module=self.policy,
+            )
+            self.optimizer = PolicyOptimizer(self._model, self._optimizer_config())
+            # sums, since the losses' weights hold the global denominators already
+            self.policy.config.finalize_model_grads_func = lambda model, tokens, **more: finalize_model_grads(
+                model, **more
+            )
+        self.draft = None
+        self.has_draft = draft is not None
+        if draft is not None:
+            owner = DraftTrainer(draft, config, self.device, dtype, self.ranks.of_draft)
+            self._draft_shapes = {name: tuple(tensor.shape) for name, tensor in owner.tensors(frozen=True).items()}
+            if self.ranks.last_stage:
+                self.draft = owner
+
+    def _optimizer_config(self) -> OptimizerConfig:
+        train = self.config.train
+        return OptimizerConfig(
+            **{
+                "optimizer": "adam",
+                "lr": 0.0,  # every step has its own
+                "weight_decay": train.weight_decay,
+                "adam_beta1": train.betas[0],
+                "adam_beta2": train.betas[1],
+                "clip_grad": train.clip,
+                "params_dtype": self.dtype,
+                "bf16": self.dtype == torch.bfloat16,
+                "use_distributed_optimizer": True,
+                **self.arguments.optimizer,
+            }
+        )
+
+    def step(self, batches: Sequence[PackedBatch]) -> LossTerms:
+        """One optimizer step of policy and draft over all micro-batches of one minibatch.
+
+        Raises `FloatingPointError` if the policy's gradient is not finite; no weight has changed then. A draft whose
+        gradient is not finite keeps its weights, and `draft_grad_norm` says so.
+        """
+        assert self.optimizer is not None, "this trainer trains no policy"
+        train = self.config.train
+        draft = self._begin(train=self.config.draft.train)
+        tally = Tally(self.device)
+        self.optimizer.zero()
+        if any(bool(batch.loss_mask.any()) for batch in batches):
+
+            def work(part: _Part, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+                out = self._logprobs(part, hidden)
+                total = self._policy_loss(part, out, tally)
+                if draft is not None:
+                    draft.add(part.batch, self._teacher(part, hidden, out))
+                return total, torch.ones((), dtype=torch.int, device=self.device), {}
+
+            self._run(batches, work, train=True)
+        warmup = min(1.0, (self.version + 1) / max(1, train.lr_warmup_steps))
+        norm = self.optimizer.step(train.lr * warmup)
+        if not isfinite(norm):
+            raise FloatingPointError(
+                f"the policy's gradient norm is {norm} at version {self.version}; its weights are unchanged. Look for "
+                "broken rewards or log-probabilities in this step, or lower train.lr"
+            )
+        self.version = self.optimizer.steps
+        return self._terms(tally, norm, draft)
+
+    @torch.no_grad()
+    def logprobs(self, batches: Sequence[PackedBatch], *, reference: bool = False) -> list[Tensor]:
+        """See `Trainer`; whole and in order on every rank. Raises `ValueError` if a reference is asked for and none is
+        kept."""
+        if reference and self.reference is None:
+            raise ValueError("no reference model is kept; set train.kl_coef above 0")
+        found = {id(batch): torch.zeros(len(batch.tokens), device=self.device) for batch in batches}
+
+        def work(part: _Part, hidden: Tensor) -> None:
+            out = self._logprobs(part, hidden)
+            if self.ranks.tensor_rank == 0 and id(part.whole) in found:
+                found[id(part.whole)][part.tokens] = out.logprob
+
+        swapped = self._swap(self.reference) if reference and self.reference is not None else None
+        try:
+            self._run(batches, work, every=True)
+        finally:
+            if swapped is not None:
+                self._swap(swapped)
+        for batch in batches:
+            dist.all_reduce(found[id(batch)])
+        return [found[id(batch)] for batch in batches]
+
+    def warm_draft(self, batches: Sequence[PackedBatch], steps: int) -> Iterator[LossTerms]:
+        """See `Trainer`; a step is on one micro-batch, whose data-parallel rank the others wait for. The policy's
+        forward runs once per micro-batch, however many steps there are; the learning rate falls linearly to 0, and the
+        loss is KL.
+
+        Raises `ValueError` without a draft, or without a sampled token to learn from.
+        """
+        self._need_draft()
+        taught = [batch for batch in batches if bool(batch.loss_mask.any())]
+        if steps and not taught:
+            raise ValueError("the draft cannot warm up: none of the responses has a token")
+        lessons = {id(lesson[0].whole): lesson for lesson in self._lessons(taught)} if steps else {}
+        for step in range(steps):
+            lesson = lessons.get(id(taught[step % len(taught)]))
+            mine = [] if lesson is None else [lesson]
+            yield self._draft_step(mine, train=True, warm=True, lr_scale=1 - step / steps)
+
+    def train_draft(self, batches: Sequence[PackedBatch], *, lr_scale: float = 1.0) -> LossTerms:
+        """One optimizer step of the draft alone over all micro-batches, at `lr_scale` times `draft.lr` and with
+        `draft.loss`; of the terms only the draft's and the entropy are filled in. Raises `ValueError` without a draft.
+        """
+        self._need_draft()
+        return self._draft_step(self._lessons(batches), train=True, lr_scale=lr_scale)
+
+    def estimate_draft(self, batches: Sequence[PackedBatch]) -> LossTerms:
+        """The estimates of `LossTerms.acceptance` on all micro-batches, and the entropy. Raises `ValueError` without a
+        draft."""
+        self._need_draft()
+        return self._draft_step(self._lessons(batches), train=False)
+
+    def freeze_draft(self) -> None:
+        """Keeps a copy of the draft as it is now. Raises `ValueError` without a draft."""
+        self._need_draft()
+        if self.draft is not None:
+            self.draft.freeze()
+
+    def weights(self, role: Role) -> Iterator[tuple[str, Tensor]]:
+        """See `Trainer`: gathered one at a time, in the dtype of forward passes; on ranks but the first the tensors are
+        empty. Raises `ValueError` for `draft` without a draft."""
+        nothing = torch.empty(0, dtype=self.dtype, device=self.device)
+        if role == "target":
+            for name, tensor in megatron_weights.export(self.policy, self.hf_config):
+                yield name, nothing if tensor is None else tensor
+            return
+        self._need_draft()
+        if self.draft is None:
+            tensors: list[tuple[str, Tensor]] = []
+        else:
+            names = self.draft.draft.export_names
+            tensors = [(names[name], p.detach()) for name, p in self.draft.draft.named_parameters()]
+        yield from self.ranks.from_speaker(tensors, self.device)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """See `Trainer`: whole tensors under the names that `TorchTrainer` gives them, so that a run may go on with
+        another layout or backend. Gathered one at a time into the host's memory of rank 0; other ranks get none."""
+        tensors: dict[str, Tensor] = {}
+        if self.optimizer is not None:
+            for state in STATES:
+                # all ranks that share a parameter gather it, though not all of them send it on
+                whole = {p: self.optimizer.values(p, state) for p in self.policy.parameters()}
+                for name, tensor in megatron_weights.export_values(self.policy, whole.__getitem__):
+                    if tensor is not None:
+                        tensors[_named(name, state)] = tensor.cpu()
+        values: dict[str, Any] = {"version": self.version}
+        if self.has_draft:
+            own: list[tuple[str, Tensor]] = []
+            frozen_version, warm_steps = -1.0, 0.0
+            if self.draft is not None:
+                own = list(self.draft.tensors().items())
+                warm_steps = self.draft.warm_steps
+                if self.draft.frozen_version is not None:
+                    frozen_version = self.draft.frozen_version
+            for name, tensor in self.ranks.from_speaker(own, self.device):
+                tensors[name] = tensor.cpu()
+            frozen, warm = (int(n) for n in self.ranks.tell([frozen_version, warm_steps], self.device))
+            values |= {
+                "draft_version": self.draft_version,
+                "draft_frozen_version": None if frozen < 0 else frozen,
+                "draft_warm_steps": warm,
+            }
+        tensors["random.cpu"] = torch.get_rng_state()
+        return (tensors if dist.get_rank() == 0 else {}), values
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """See `Trainer`; all ranks are given all tensors. Also raises for a tensor that this run has no place for; no
+        weight has changed when it raises."""
+        wanted = self._wanted(values)
+        for name, shape in wanted.items():
+            if name not in tensors:
+                raise ValueError(f"the checkpoint lacks tensor {name!r}; it is of a run of another configuration")
+            if tuple(tensors[name].shape) != shape:
+                shapes = f"{list(tensors[name].shape)} in the checkpoint and {list(shape)} in this run"
+                raise ValueError(f"tensor {name!r} has shape {shapes}")
+        for name in tensors:
+            if name not in wanted and not name.startswith("random."):
+                raise ValueError(f"the checkpoint has tensor {name!r}, for which this run's configuration has no place")
+        self.version = values["version"]
+        if self.optimizer is not None:
+            for state in STATES:
+                part = {name: tensors[_named(name, state)] for name in megatron_weights.metas(self.hf_config)}
+                whole = {p: torch.empty_like(p, dtype=torch.float32) for p in self.policy.parameters()}
+                megatron_weights.load(self.policy, part, self.hf_config, whole.__getitem__)
+                for parameter, value in whole.items():
+                    self.optimizer.set_values(parameter, state, value)
+            self.optimizer.set_steps(self.version)
+        if self.has_draft:
+            self.draft_version = values["draft_version"]
+        if self.draft is not None:
+            if values["draft_frozen_version"] is not None and self.draft.frozen is None:
+                self.draft.freeze()
+            for name, tensor in self.draft.tensors().items():
+                tensor.copy_(tensors[name])
+            self.draft.optimizer.set_steps(self.draft_version)
+            self.draft.frozen_version = values["draft_frozen_version"]
+            self.draft.warm_steps = values["draft_warm_steps"]
+        torch.set_rng_state(tensors["random.cpu"].cpu())
+
+    def _wanted(self, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of a checkpoint of this run."""
+        wanted: dict[str, tuple[int, ...]] = {"random.cpu": tuple(torch.get_rng_state().shape)}
+        if self.optimizer is not None:
+            for name, shape in megatron_weights.metas(self.hf_config).items():
+                wanted |= {_named(name, state): tuple(shape) for state in STATES}
+        if self.has_draft:
+            wanted |= self._draft_shapes
+            if values.get("draft_frozen_version") is None:
+                wanted = {name: shape for name, shape in wanted.items() if not name.startswith("frozen.")}
+        return wanted
+
+    def _need_draft(self) -> None:
+        if not self.has_draft:
+            raise ValueError("there is no draft to train; set draft.enabled")
+
+    def _begin(self, *, train: bool, warm: bool = False, lr_scale: float = 1.0) -> DraftStep | None:
+        """A step of the draft, where it is; every rank calls this."""
+        if not self.has_draft:
+            return None
+        embedding = self._embedding()
+        if self.draft is None:
+            return None
+        assert embedding is not None
+        return self.draft.begin(embedding, self.policy.head_weight(), train=train, warm=warm, lr_scale=lr_scale)
+
+    def _embedding(self) -> Tensor | None:
+        """`[V / tp, H]` this rank's share of the embedding on the last stage; None elsewhere."""
+        if self.ranks.stages == 1:
+            return self.policy.embedding_weight().detach()
+        if not (self.ranks.first_stage or self.ranks.last_stage):
+            return None
+        if self.ranks.first_stage:
+            share = self.policy.embedding_weight().detach().clone()
+        else:
+            share = torch.empty_like(self.policy.head_weight())
+        dist.broadcast(share, parallel_state.get_pipeline_model_parallel_first_rank(), group=self.ranks.embedding)
+        return share if self.ranks.last_stage else None
+
+    def _parts(self, batches: Sequence[PackedBatch], *, every: bool) -> list[_Part]:
+        share = divide(batches, self.ranks.data_size)[self.ranks.data_rank] if batches else []
+        return [self._part(batch, every=every) for batch in share]
+
+    def _part(self, whole: PackedBatch, *, every: bool) -> _Part:
+        """Cut for this context-parallel rank; with `every`, all tokens count but the first of each segment."""
+        depth = self.config.draft.num_steps if self.has_draft else 0
+        layout = PackedLayout.make(whole.layout.lengths, self.device, halo=depth + 1, cp_group=self.ranks.context)
+        after = (layout.source + 1).clamp(max=len(whole.tokens) - 1)
+        counts = layout.left > 0
+        rows = (counts if every else counts & whole.loss_mask[after]).nonzero().squeeze(1)
+        nothing = torch.zeros(layout.tokens, device=self.device)
+        batch = PackedBatch(
+            layout=layout,
+            tokens=whole.tokens[layout.source],
+            loss_mask=whole.loss_mask[layout.source] & layout.real,
+            advantages=nothing,
+            rollout_logprobs=nothing,
+            weights=nothing,
+        )
+        return _Part(batch=batch, whole=whole, rows=rows, tokens=after[rows])
+
+    def _run(
+        self,
+        batches: Sequence[PackedBatch],
+        work: Callable[[_Part, Tensor], Any],
+        *,
+        train: bool = False,
+        every: bool = False,
+    ) -> None:
+        """The policy over this rank's share of the micro-batches, in Megatron's schedule; `work` is called on the last
+        stage with the hidden states `[R, H]` of each, and returns what a loss function of Megatron's does."""
+        parts = self._parts(batches, every=every)
+        if not parts:
+            return
+
+        def forward(parts: Iterator[_Part], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+            part = next(parts)
+
+            def finish(hidden: Tensor, non_loss_data: bool = False) -> Any:
+                return work(part, hidden)
+
+            return model(part.batch.tokens, part.batch.layout), finish
+
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(parts),
+            model=[self._model],
+            num_microbatches=len(parts),
+            seq_length=1,  # of every micro-batch its own
+            micro_batch_size=1,
+            forward_only=not train,
+            collect_non_loss_data=not train,
+        )
+
+    def _logprobs(self, part: _Part, hidden: Tensor) -> LogProbs:
+        """Of `part.tokens`, from the rows before."""
+        return logprob(
+            hidden.index_select(0, part.rows),
+            self.policy.head_weight(),
+            part.whole.tokens[part.tokens],
+            temperature=self.temperature,
+            group=self.ranks.tensor,
+        )
+
+    def _policy_loss(self, part: _Part, out: LogProbs, tally: Tally) -> Tensor:
+        whole, tokens, train = part.whole, part.tokens, self.config.train
+        loss = policy_loss(
+            out.logprob,
+            whole.advantages[tokens],
+            whole.rollout_logprobs[tokens],
+            old_logprobs=None if whole.old_logprobs is None else whole.old_logprobs[tokens],
+            ref_logprobs=None if whole.ref_logprobs is None else whole.ref_logprobs[tokens],
+            clip_low=train.clip_low,
+            clip_high=train.clip_high,
+            tis_cap=train.tis_cap,
+            kl_coef=train.kl_coef,
+        )
+        total = (whole.weights[tokens] * loss.losses).sum()
+        tally.add(out, total.detach(), loss)
+        return total
+
+    def _teacher(self, part: _Part, hidden: Tensor, out: LogProbs) -> Teacher:
+        states = hidden.detach().to(self.dtype)
+        return Teacher(
+            hidden=states,
+            states=states,
+            lse=part.scatter(out.lse.detach()),
+            logprobs=part.scatter(out.logprob.detach()),
+        )
+
+    @torch.no_grad()
+    def _lessons(self, batches: Sequence[PackedBatch]) -> list[_Lesson]:
+        """What the draft learns from, on the last stage; elsewhere nothing."""
+        found: list[_Lesson] = []
+
+        def work(part: _Part, hidden: Tensor) -> None:
+            out = self._logprobs(part, hidden)
+            found.append((part, out, self._teacher(part, hidden, out)))
+
+        self._run(batches, work)
+        return found
+
+    def _draft_step(
+        self,
+        lessons: Sequence[_Lesson],
+        *,
+        train: bool,
+        warm: bool = False,
+        lr_scale: float = 1.0,
+    ) -> LossTerms:
+        draft = self._begin(train=train, warm=warm, lr_scale=lr_scale)
+        tally = Tally(self.device)
+        for part, out, teacher in lessons:
+            tally.add(out)
+            if draft is not None:
+                draft.add(part.batch, teacher)
+        return self._terms(tally, 0.0, draft)
+
+    def _terms(self, tally: Tally, grad_norm: float, draft: DraftStep | None) -> LossTerms:
+        """Ends the draft's step, and tells all ranks what came of it."""
+        means = tally.means(dist.group.WORLD, counts=self.ranks.last_stage and self.ranks.tensor_rank == 0)
+        terms = DraftTerms() if draft is None else draft.finish()
+        depth = self.config.draft.num_steps
+        taken = 0.0 if self.draft is None else self.draft.version
+        numbers: list[float] = [taken, terms.loss, terms.grad_norm, terms.seconds, len(terms.by_depth)]
+        numbers += [*terms.by_depth, *[0.0] * (depth - len(terms.by_depth))]
+        for which in WHICH:
+            found = terms.acceptance.get(which)
+            numbers += [0.0, 0.0, 0.0] if found is None else [1.0, found.accepted, found.verify_steps]
+        version, loss, norm, seconds, depths, *rest = self.ranks.tell(numbers, self.device)
+        self.draft_version = int(version)
+        estimates = {
+            which: SpecEstimate(accepted=rest[depth + 3 * i + 1], verify_steps=rest[depth + 3 * i + 2])
+            for i, which in enumerate(WHICH)
+            if rest[depth + 3 * i]
+        }
+        return LossTerms(
+            **means,
+            grad_norm=grad_norm,
+            draft=loss,
+            draft_by_depth=tuple(rest[: int(depths)]),
+            draft_grad_norm=norm,
+            draft_seconds=seconds,
+            acceptance=estimates,
+        )
+
+    @torch.no_grad()
+    def _swap(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Puts other weights in the place of the policy's, which it returns, in the host's memory."""
+        named = dict(self.policy.named_parameters())
+        before = {name: p.detach().to("cpu", copy=True) for name, p in named.items()}
+        for name, parameter in named.items():
+            parameter.copy_(weights[name])
+        return before
+
+
+def _named(name: str, state: str) -> str:
+    """In a checkpoint."""
+    return f"policy.{name}" if state == "param" else f"policy_optim.{name}.{state}"

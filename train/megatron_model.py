@@ -1,0 +1,205 @@
+"""The policy on megatron-core: one pipeline stage of a Hugging Face model, over this project's attention.
+
+It is a `GPTModel`, which Megatron deprecates in favour of `HybridModel`, because checkpoints and bridges speak its
+names. Invariant: hidden states are those of the Hugging Face model, however the ranks are cut; the gradient that enters
+them has to be whole on every tensor-parallel rank, as `kernels.logprob` gives it.
+
+Dimensions: `T` rows of a pack on this context-parallel rank, `s` rows between layers: `T`, or with sequence parallelism
+this rank's part of `T` made divisible; `H` hidden, `D` head size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    model_parallel_cuda_manual_seed,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from miles_spec.kernels.attention import PackedAttention
+from miles_spec.kernels.layout import PackedLayout
+from miles_spec.train.megatron_args import MegatronArguments
+
+
+def initialize(arguments: MegatronArguments) -> None:
+    """Makes Megatron's process groups; all ranks of the default group together."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=arguments.tp,
+        pipeline_model_parallel_size=arguments.pp,
+        context_parallel_size=arguments.cp,
+        expert_model_parallel_size=arguments.ep,
+        expert_tensor_parallel_size=arguments.etp,
+    )
+    # sequence parallelism and recomputation ask for named generators, though nothing here draws from them
+    model_parallel_cuda_manual_seed(0)
+
+
+def build(hf_config: Any, arguments: MegatronArguments, dtype: torch.dtype) -> Policy:
+    """This rank's part of the model on its GPU, with weights in `dtype` that are yet to be loaded.
+
+    Raises `ValueError` in one sentence for a model that is not mapped, or that cannot be cut this way.
+    """
+    arguments.check(hf_config)
+    # its one warning is that of the module's docstring
+    logging.getLogger(GPTModel.__module__).setLevel(logging.ERROR)
+    policy = Policy(arguments.transformer_config(hf_config, dtype), hf_config)
+    # some of Megatron's weights are made on the host
+    return cast(Policy, policy.cuda(torch.cuda.current_device()))
+
+
+class Policy(GPTModel):
+    """One pipeline stage. The LM head is never applied: losses take its weight."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: TransformerConfig, hf_config: Any) -> None:
+        layers = get_num_layers_to_build(config, None, parallel_state.get_pipeline_model_parallel_rank())
+        super().__init__(
+            config=config,
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[_layer(config)] * layers, layer_norm=Norm),
+            vocab_size=hf_config.vocab_size,
+            max_sequence_length=hf_config.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+            position_embedding_type="none",
+        )
+        self.hf_config = hf_config
+        self.register_buffer("inv_freq", _inverse_frequencies(hf_config), persistent=False)
+
+    def forward(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
+        """`[T, H]` after the final norm on the last stage, the same on every tensor-parallel rank; elsewhere what the
+        next stage takes, `[s, 1, H]`. `tokens` `[T]` int64 are this context-parallel rank's. A stage that is not the
+        first reads what `set_input_tensor` was given."""
+        rows = layout.tokens
+        extra = -rows % self.config.tensor_model_parallel_size if self.config.sequence_parallel else 0
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(F.pad(tokens, (0, extra))[None], None)
+        assert self.inv_freq.dtype == torch.float32, "rotary frequencies must not be rounded"
+        angles = F.pad(layout.positions, (0, extra))[:, None] * self.inv_freq
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=torch.cat([angles, angles], -1)[:, None, None],
+            # of all that reaches attention, this is what Megatron's checkpoints keep for recomputation as it is
+            attention_bias=PackedAttention(layout),
+        )
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            # not summed backward: each rank has the whole gradient
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        return hidden[:rows, 0]
+
+    def head_weight(self) -> Tensor:
+        """`[V / tp, H]`, this tensor-parallel rank's part of the LM head, in the order of ranks; on the last stage."""
+        assert self.post_process
+        tied = self.share_embeddings_and_output_weights
+        return cast(Tensor, self.shared_embedding_or_output_weight() if tied else self.output_layer.weight)
+
+    def embedding_weight(self) -> Tensor:
+        """`[V / tp, H]`, this tensor-parallel rank's part of the input embedding, on the first stage; of a model with
+        tied weights also on the last."""
+        assert self.pre_process or (self.post_process and self.share_embeddings_and_output_weights)
+        return cast(Tensor, self.shared_embedding_or_output_weight())
+
+
+class Norm(nn.Module):
+    """RMSNorm; Megatron's own without Transformer Engine knows no sequence parallelism."""
+
+    def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+        # Megatron then sums its gradient over the tensor-parallel ranks, which see different rows
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class CoreAttention(MegatronModule):
+    """Hands queries, keys and values of this rank's heads to the `PackedAttention` that came with the micro-batch."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
+        super().__init__(config=config)
+        self.layer = layer_number - 1
+        self.scale = config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        attn_mask_type: AttnMaskType,
+        attention_bias: PackedAttention,
+        packed_seq_params: None,
+    ) -> Tensor:
+        """`[rows, 1, heads * D]` from `[rows, 1, heads, D]`; rows beyond the layout's are padding and give 0."""
+        rows = attention_bias.tokens
+        q, k, v = (x[:rows].permute(1, 2, 0, 3) for x in (query, key, value))
+        out = attention_bias(self.layer, q, k, v, self.scale)
+        return F.pad(out.permute(2, 0, 1, 3).flatten(2), (0, 0, 0, 0, 0, len(query) - rows))
+
+
+def _layer(config: TransformerConfig) -> ModuleSpec:
+    norm = Norm if config.qk_layernorm else None
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=CoreAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=norm,
+        k_layernorm=norm,
+    )
+    if config.num_moe_experts:
+        mlp = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts)
+    else:
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        mlp = partial(MLP.as_mlp_submodule, submodules=linears)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _inverse_frequencies(hf_config: Any) -> Tensor:
+    """`[D / 2]` float32, by which Hugging Face's model multiplies positions."""
+    classes = vars(inspect.getmodule(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)])).items()
+    rotary = next(cls for name, cls in classes if name.endswith("RotaryEmbedding"))(hf_config)
+    assert rotary.attention_scaling == 1, "a scaling of the rotary embedding that `model_fields` let through"
+    return cast(Tensor, rotary.inv_freq.float())
