@@ -140,9 +140,13 @@ def served_target(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     named: dict[str, Tensor] = dict(model.named_parameters())
     # a router's bias moves outside the gradient, so it is a buffer
     named |= {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
-    tensors = ((name, tensor.detach()) for name, tensor in named.items())
+    return as_served(((name, tensor.detach()) for name, tensor in named.items()), model.config.model_type)
+
+
+def as_served(tensors: Iterator[tuple[str, Tensor]], model_type: str) -> Iterator[tuple[str, Tensor]]:
+    """A model's tensors as engines take them, which is as checkpoints name them."""
     # others, such as GPT-OSS, lay their experts out in another way
-    return per_expert(tensors) if (model.config.model_type in SPLIT) else tensors
+    return per_expert(tensors) if model_type in SPLIT else tensors
 
 
 SPLIT = ("deepseek_v3", "glm4_moe", "qwen3_moe", "qwen3_next")

@@ -6,25 +6,29 @@ copy is the draft as it stood before step 1.
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not in torch's `__all__`
 
 from miles_spec import checkpoint, models, processes
 from miles_spec.config import RunConfig
 from miles_spec.data import PromptSource, make_source
-from miles_spec.draft.export import check_served, served_target, served_tensors
+from miles_spec.draft.export import as_served, check_served, served_target, served_tensors
 from miles_spec.draft.load import load
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import FAMILIES
@@ -37,10 +41,17 @@ from miles_spec.serving import Serving, Weights
 from miles_spec.sync.session import Syncer
 from miles_spec.sync.transports import InProcess
 from miles_spec.train import ranks as followers
+from miles_spec.train.megatron_args import MegatronArguments
 from miles_spec.train.packing import pack
 from miles_spec.train.ranks import Leader, Ranks
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import LossTerms, Prompt, Receipt, Request, Sample, Sampling
+
+if TYPE_CHECKING:
+    from miles_spec.train.megatron import MegatronTrainer
+
+    LocalTrainer = TorchTrainer | MegatronTrainer
+    AnyTrainer = LocalTrainer | Leader
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +68,15 @@ class Run:
     tokenizer: Any
     source: PromptSource
     scorer: Scorer
-    trainer: TorchTrainer | Leader
+    trainer: AnyTrainer
+    draft: DraftHead | None
+    """What `trainer` trains, or, where that has it on other ranks, a copy that `weights` brings up to date."""
     engine: Engine
     serving: Serving | None
     """The servers behind `engine`; None for the embedded engine."""
+    model_type: str
+    head_name: str
+    """Of the policy: transformers' name of its kind, and of the weight that is its LM head."""
     syncer: Syncer
     cost: CostModel | None
     """Of the engine without speculation; None in a run without a draft, which has none to compare with, and of joined
@@ -84,21 +100,36 @@ class Run:
 
     def weights(self) -> Weights:
         """What the engine is to serve: the trainer's weights."""
-        draft = self.trainer.draft
-        target = self.trainer.weights("target") if self.serving is None else served_target(self.trainer.model)
+        target = self.trainer.weights("target")
+        if self.serving is not None:
+            target = as_served(target, self.model_type)
+        tensors = dict(target)
+        draft = None
+        if self.draft is not None:
+            self._refresh(self.draft)
+            draft = self.draft_weights(self.draft, tensors)
         return Weights(
             version=self.trainer.version,
-            target=dict(target),
+            target=tensors,
             draft_version=None if draft is None else self.trainer.draft_version,
-            draft=None if draft is None else self.draft_weights(draft.draft),
+            draft=draft,
         )
 
-    def draft_weights(self, draft: DraftHead) -> dict[str, Tensor]:
-        """The tensors that the engine needs to serve `draft`."""
+    def draft_weights(self, draft: DraftHead, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that the engine needs to serve `draft` beside `target`."""
         if self.serving is not None:
-            return dict(served_tensors(draft, models.head_weight(self.trainer.model)))
+            return dict(served_tensors(draft, target[self.head_name]))
         names = draft.export_names
         return {names[name]: parameter.detach() for name, parameter in draft.named_parameters()}
+
+    @torch.no_grad()
+    def _refresh(self, draft: DraftHead) -> None:
+        """Gives it the trained weights, unless they are its own."""
+        parameters = dict(draft.named_parameters())
+        own = {exported: parameters[name] for name, exported in draft.export_names.items() if name in parameters}
+        for name, tensor in self.trainer.weights("draft"):
+            if own[name].data_ptr() != tensor.data_ptr():
+                own[name].copy_(tensor)
 
     def push(self, *, self_test: bool = False) -> list[Receipt]:
         """Sends the trainer's weights to the engine; the receipts. With `self_test`, see `Syncer.self_test`.
@@ -131,8 +162,12 @@ class Run:
 def join(config: RunConfig) -> Ranks | None:
     """The ranks of a run of several processes, of which this is one; None for a run of one.
 
-    Raises `ValueError` if the run cannot have so many, or if they were not started.
+    Raises `ValueError` if the run cannot have so many, if they were not started, or if `[megatron]` does not fit them.
     """
+    if config.train.backend == "megatron":
+        if importlib.util.find_spec("megatron") is None:
+            raise ValueError('train.backend = "megatron" needs megatron-core: pip install "miles-spec[megatron]"')
+        MegatronArguments.make(config.megatron, processes.count(config))
     if processes.count(config) == 1:
         return None
     if "RANK" not in os.environ:
@@ -140,16 +175,31 @@ def join(config: RunConfig) -> Ranks | None:
     return Ranks.join(config.model.device)
 
 
+def in_one_process(config: RunConfig) -> RunConfig:
+    """The same run in this process alone, on its checkpoints, which any trainer reads."""
+    return replace(config, megatron={}, train=replace(config.train, backend="torch", ranks=1))
+
+
 def make_trainer(
     config: RunConfig, loaded: models.Loaded, draft: DraftHead | None, ranks: Ranks | None
-) -> TorchTrainer:
+) -> LocalTrainer:
     """This rank's trainer; all ranks make theirs at the same time. `ranks` is None in a run of one process."""
-    return TorchTrainer(loaded.model, draft, config, loaded.device, loaded.dtype)
+    if config.train.backend == "megatron":
+        from miles_spec.train.megatron import MegatronTrainer
+
+        if not dist.is_initialized():
+            kind = "nccl" if loaded.device.type == "cuda" else "gloo"
+            dist.init_process_group(kind, store=HashStore(), rank=0, world_size=1)
+        return MegatronTrainer(loaded.model, draft, config, loaded.device, loaded.dtype)
+    if ranks is None:
+        return TorchTrainer(loaded.model, draft, config, loaded.device, loaded.dtype)
+    # the embedded engine goes on with the model as it is, whole
+    shared = config.rollout.engine == "embedded" and not ranks.rank
+    model = copy.deepcopy(loaded.model) if shared else loaded.model
+    return TorchTrainer(model, draft, config, loaded.device, loaded.dtype, group=dist.group.WORLD)
 
 
-def start_trainer(
-    config: RunConfig, loaded: models.Loaded, draft: DraftHead | None, ranks: Ranks | None
-) -> TorchTrainer | Leader:
+def start_trainer(config: RunConfig, loaded: models.Loaded, draft: DraftHead | None, ranks: Ranks | None) -> AnyTrainer:
     """The run's trainer: this process's own, or one that all ranks work in, with this draft."""
     if ranks is None:
         return make_trainer(config, loaded, draft, None)
@@ -167,7 +217,7 @@ def follow(config: RunConfig, ranks: Ranks) -> None:
     except Exception as error:  # rank 0 raises it as soon as it asks for a trainer
         failed = error
 
-    def build(ids: Tensor | None, tensors: dict[str, Tensor] | None) -> TorchTrainer:
+    def build(ids: Tensor | None, tensors: dict[str, Tensor] | None) -> LocalTrainer:
         if failed is not None:
             raise failed
         draft = None
@@ -250,6 +300,10 @@ def _assemble(
             saved_ids = None if saved is None else saved.tensors.get("draft.vocab_ids")
             chosen = saved_ids if saved is not None else vocabulary(plain, draft_config.vocab_size, loaded.model)
             draft = fresh_draft(config, loaded, chosen)
+    # a trainer may cut its model up
+    head = models.head_weight(loaded.model)
+    head_name = next(name for name, parameter in loaded.model.named_parameters() if parameter is head)
+    drafted = {} if draft is None else dict(served_tensors(draft, head))
     trainer = start_trainer(config, loaded, draft, ranks)
     losses: list[float] = []
     if saved is not None:
@@ -260,8 +314,7 @@ def _assemble(
             live.phase("warm start of the draft", len(losses), draft_config.warmup_steps)
         trainer.freeze_draft()
     if draft is not None and serving is not None:
-        head = models.head_weight(loaded.model)
-        serving.attach_draft(draft, dict(served_tensors(draft, head)), draft_config.num_steps)
+        serving.attach_draft(draft, drafted, draft_config.num_steps)
     elif draft is not None:
         assert isinstance(engine, EmbeddedEngine)
         engine.attach_draft(draft)
@@ -273,8 +326,11 @@ def _assemble(
         source=source,
         scorer=scorer,
         trainer=trainer,
+        draft=draft,
         engine=engine,
         serving=serving,
+        model_type=loaded.model.config.model_type,
+        head_name=head_name,
         syncer=syncer,
         cost=cost,
         step=0 if saved is None else saved.step,
@@ -420,7 +476,7 @@ def given_draft(config: RunConfig, loaded: models.Loaded) -> DraftHead | None:
 
 
 def _warm_start(
-    trainer: TorchTrainer | Leader, samples: Sequence[Sample], config: RunConfig, device: torch.device
+    trainer: AnyTrainer, samples: Sequence[Sample], config: RunConfig, device: torch.device
 ) -> Iterator[LossTerms]:
     """Draft-only steps on the policy's own rollouts."""
     budget = min(config.train.token_budget, WARMUP_BATCH_TOKENS)

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from miles_spec import checkpoint
-from miles_spec.assemble import Run, assemble, sampling, seed_of
+from miles_spec.assemble import Run, assemble, in_one_process, sampling, seed_of
 from miles_spec.config import RunConfig
 from miles_spec.draft.modules import DraftHead
 from miles_spec.live import LiveTable
@@ -68,7 +68,7 @@ def rollout(
     console = Console()
     with ExitStack() as stack:
         with LiveTable(steps=config.steps, console=console) as live:
-            run = assemble(config, live)
+            run = assemble(in_one_process(config), live)
         stack.callback(run.stop)
         bar = stack.enter_context(Progress(console=console, transient=True))
         task = bar.add_task("timing rollouts", total=None)
@@ -125,7 +125,9 @@ def served_modes(run: Run, drafts: Mapping[str, DraftHead]) -> Iterator[Modes]:
     plain = run.serving.beside(config, run.out / "serve-plain")
 
     def drafted(draft: DraftHead) -> Engine:
-        replace(run.weights(), draft=run.draft_weights(draft)).push(run.syncer, run.engine.members())
+        weights = run.weights()
+        weights = replace(weights, draft=run.draft_weights(draft, weights.target))
+        weights.push(run.syncer, run.engine.members())
         return run.engine
 
     try:

@@ -216,8 +216,9 @@ class OfflineConfig:
 class TrainConfig:
     """`[train]`: the policy's optimization."""
 
-    backend: Literal["torch"] = "torch"
-    """`torch` trains a Hugging Face model in the process of the run."""
+    backend: Literal["torch", "megatron"] = "torch"
+    """`torch` trains a Hugging Face model, with FSDP2 if there are several ranks; `megatron` trains it on
+    megatron-core, in the layout that `[megatron]` says. Checkpoints of both are the same."""
     ranks: int = 1
     """Processes that `miles-spec train` trains in, each on a GPU of its own where there are GPUs. It starts them
     itself, unless torchrun has."""

@@ -19,8 +19,6 @@ from pathlib import Path
 
 from miles_spec.config import RunConfig
 
-SHARING: frozenset[str] = frozenset()
-"""Values of `train.backend` whose trainers share their work between ranks."""
 COMMAND = (sys.executable, "-m", "miles_spec.cli")
 """What a further process runs, with the arguments of the first."""
 END_S = 30.0
@@ -38,16 +36,13 @@ def rank() -> int:
 def count(config: RunConfig) -> int:
     """Processes of the run: those that torchrun or `started` started, else `train.ranks`.
 
-    Raises `ValueError` if both say something else, or if the trainer cannot share its work.
+    Raises `ValueError` if both say something else.
     """
     train = config.train
     given = int(os.environ["WORLD_SIZE"]) if _RANK in os.environ else 0
     if given and train.ranks not in (1, given):
         raise ValueError(f"train.ranks is {train.ranks}, and {given} processes were started: give {given}, or 1")
-    size = given or train.ranks
-    if size > 1 and train.backend not in SHARING:
-        raise ValueError(f'train.backend = "{train.backend}" trains in one process, not in {size}; set train.ranks = 1')
-    return size
+    return given or train.ranks
 
 
 @contextmanager

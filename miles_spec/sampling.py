@@ -65,7 +65,7 @@ def sample(run: Run, step: int, live: LiveTable) -> Groups:
     times, served = run.engine.take_times(), run.engine.versions()
     rows = rollout.max_running * max(1, len(run.engine.members()))
     times = replace(times, restarts=times.restarts + before.restarts)
-    drafting = run.trainer.draft is not None
+    drafting = run.draft is not None
     metrics = rollout_metrics([s for g in kept for s in g], times, generating, calls, run.cost, rows, drafting=drafting)
     metrics |= {"groups_dropped": dropped, "seconds_reward": scoring}
     if "draft" in served:

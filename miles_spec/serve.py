@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from miles_spec import checkpoint, models
-from miles_spec.assemble import assemble, context_tokens
+from miles_spec.assemble import assemble, context_tokens, in_one_process
 from miles_spec.config import RunConfig
 from miles_spec.draft.export import export, served_target, served_tensors
 from miles_spec.draft.modules import DraftHead
@@ -33,6 +33,7 @@ from miles_spec.rollout.sglang import SGLangServer
 from miles_spec.rollout.sglang_api import Keys
 from miles_spec.rollout.sglang_args import with_underscores
 from miles_spec.serving import Serving, Weights, drafting
+from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import Receipt, RunError
 
 log = logging.getLogger(__name__)
@@ -125,9 +126,10 @@ def load(config: RunConfig) -> Policy:
         rollout = replace(rollout, max_running=1)  # what it then samples is not used
     config = replace(config, rollout=rollout, train=replace(config.train, kl_coef=0.0))
     with LiveTable(steps=config.steps) as live:
-        run = assemble(config, live)
+        run = assemble(in_one_process(config), live)
     assert isinstance(run.engine, EmbeddedEngine)
     trainer = run.trainer
+    assert isinstance(trainer, TorchTrainer)
     loaded = models.Loaded(
         model=trainer.model.to(device="cpu", dtype=trainer.dtype).requires_grad_(False),
         tokenizer=run.tokenizer,

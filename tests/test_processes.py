@@ -34,7 +34,6 @@ def ranks(number: int) -> RunConfig:
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.setattr(processes, "SHARING", frozenset({"torch"}))
 
 
 def test_count() -> None:
@@ -43,13 +42,6 @@ def test_count() -> None:
     assert [count(ranks(1)), count(ranks(4)), processes.rank()] == [4, 4, 1]
     with pytest.raises(ValueError, match=r"^train\.ranks is 3, and 4 processes were started: give 4, or 1$"):
         count(ranks(3))
-
-
-def test_count_refuses_a_trainer_that_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "SHARING", frozenset())
-    assert count(ranks(1)) == 1
-    with pytest.raises(ValueError, match=r'^train\.backend = "torch" trains in one process, not in 2; set'):
-        count(ranks(2))
 
 
 def test_join_needs_the_other_processes() -> None:
@@ -94,7 +86,7 @@ def test_an_error_ends_them_soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_one_that_ends_at_once_ends_the_run() -> None:
     code = (
         "import sys, time; from miles_spec import processes as p; from miles_spec.config import *\n"
-        "p.SHARING, p.COMMAND = {'torch'}, (sys.executable, '-c', 'raise SystemExit(7)')\n"
+        "p.COMMAND = (sys.executable, '-c', 'raise SystemExit(7)')\n"
         "with p.started(RunConfig(train=TrainConfig(ranks=3)), []): time.sleep(60)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)

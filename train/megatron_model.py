@@ -70,7 +70,8 @@ def build(hf_config: Any, arguments: MegatronArguments, dtype: torch.dtype) -> P
 
 
 class Policy(GPTModel):
-    """One pipeline stage. The LM head is never applied: losses take its weight."""
+    """One pipeline stage. The LM head is never applied: losses take its weight. Unlike in Hugging Face's model, the
+    embedding of the padding token learns where it occurs."""
 
     inv_freq: Tensor
 

@@ -47,6 +47,5 @@ def _make(config: Any, loaded: Any, draft: Any, ranks: Any) -> TorchTrainer:
 
 if __name__ == "__main__":
     assemble.make_trainer = _make
-    processes.SHARING = frozenset({"torch"})
     processes.COMMAND = (sys.executable, __file__)
     sys.exit(cli.main())
