@@ -32,7 +32,7 @@ from miles_spec.draft import states
 from miles_spec.draft.modules import DraftHead
 from miles_spec.kernels.attention import PackedAttention
 from miles_spec.kernels.logprob import LogProbs, logprob
-from miles_spec.models import embed_weight, head_weight, trunk
+from miles_spec.models import cast, embed_weight, head_weight, trunk
 from miles_spec.train import fsdp
 from miles_spec.train.draft_trainer import (
     DraftRanks,
@@ -89,7 +89,7 @@ class TorchTrainer:
         self.model = model.to(device=whole, dtype=torch.float32).eval().requires_grad_(policy)
         self.reference = None
         if config.train.kl_coef:
-            self.reference = copy.deepcopy(self.model).to(dtype).requires_grad_(False)
+            self.reference = cast(copy.deepcopy(self.model), dtype).requires_grad_(False)
         if config.train.gradient_checkpointing:
             # transformers is renaming it: older versions lack the new name and newer ones warn of the old
             new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"

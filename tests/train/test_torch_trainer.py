@@ -123,6 +123,14 @@ def test_packed_logprobs_equal_each_sequence_alone(family: str, temperature: flo
         torch.testing.assert_close(part[1:].double(), expected, atol=2e-5, rtol=1e-5)
 
 
+def test_a_reference_in_half_precision_keeps_its_rotary_frequencies() -> None:
+    subject = trainer(config(kl_coef=0.1), dtype=torch.bfloat16)
+    assert subject.reference is not None
+    assert next(subject.reference.parameters()).dtype == torch.bfloat16
+    ours, theirs = subject.model.model.rotary_emb, subject.reference.model.rotary_emb
+    assert torch.equal(ours.inv_freq, theirs.inv_freq) and ours.inv_freq.bfloat16().float().ne(ours.inv_freq).any()
+
+
 @pytest.mark.parametrize("aggregation", ["sequence", "token", "constant"])
 def test_loss_and_gradient_of_an_on_policy_step(family: str, aggregation: str) -> None:
     run = config(rollout={"temperature": 0.8}, tis_cap=1.5)
