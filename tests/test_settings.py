@@ -82,7 +82,7 @@ def test_defaults_and_values_of_every_kind(run_file: Path) -> None:
             '[rollout]\nverify = "typical"\n',
             'rollout.verify must be one of "auto", "greedy", "target" or "rejection", got "typical" (a string)',
         ),
-        ('[train]\nbackend = "jax"\n', 'train.backend must be "torch", got "jax" (a string)'),
+        ('[train]\nbackend = "jax"\n', 'train.backend must be one of "torch" or "megatron", got "jax" (a string)'),
         ('[rollout]\nstop = "x"\n', 'rollout.stop must be an array, got "x" (a string)'),
         ('[rollout]\nstop = ["x", 3]\n', "rollout.stop[1] must be a string, got 3 (an integer)"),
         ("[train]\nbetas = [0.9]\n", "train.betas must be an array of 2, got 1"),

@@ -9,8 +9,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import megatron_cpu  # noqa: E402
-from miles_spec import assemble, cli, processes  # noqa: E402
+import megatron_cpu
+from miles_spec import assemble, cli, processes
 
 make_trainer = assemble.make_trainer
 
