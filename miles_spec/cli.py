@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, or 2 for an error that the message explains."""
     arguments, settings = _parser().parse_known_args(argv)
     try:
-        if settings and "run" not in arguments:
+        if settings and not ("run" in arguments or arguments.command is _bench_train):
             raise ValueError(f"unexpected argument {settings[0]}; see `miles-spec --help`")
         arguments.command(arguments, settings)
     except SENTENCES as e:
@@ -164,6 +164,24 @@ def _bench_sync(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
     )
 
 
+def _bench_train(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    from miles_spec.train_bench import Size, train
+
+    train(
+        arguments.json,
+        backends=arguments.backends,
+        depths=arguments.depths,
+        tokens=arguments.tokens,
+        size=Size(hidden=arguments.hidden, layers=arguments.layers, vocab=arguments.vocab),
+        micro_batches=arguments.micro_batches,
+        turns=arguments.turns,
+        warm_ups=arguments.warm_ups,
+        recompute=arguments.gradient_checkpointing,
+        megatron=_megatron(settings),
+        budget_s=arguments.budget_s,
+    )
+
+
 def _quickstart(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
     from miles_spec.quickstart import main
 
@@ -253,6 +271,36 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="for SGLang, as in [sglang]; may be given again",
     )
+    training = _add(
+        measured,
+        "train",
+        _bench_train,
+        "Times training steps of a Qwen3-shaped policy with random weights, alone and with a draft, and beside "
+        "Megatron's trainer Megatron's own path with its MTP. Megatron's own flags are taken unchanged; torchrun "
+        "starts it on several GPUs.",
+    )
+    training.add_argument("--json", type=Path, metavar="PATH", help="write the result there too")
+    training.add_argument("--backends", nargs="+", default=("torch",), metavar="NAME", help="torch, megatron or both")
+    for name, default, about in (
+        ("--depths", (1,), "of the draft; 1 if left out"),
+        ("--tokens", (8192, 32768), "of a micro-batch; 8192 and 32768 if left out"),
+    ):
+        training.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=about)
+    for name, number, about in (
+        ("--hidden", 2048, "width of the policy, which is Qwen3-1.7B's shape if all of it is left out"),
+        ("--layers", 28, "of the policy"),
+        ("--vocab", 151936, "tokens of its vocabulary"),
+        ("--micro-batches", 2, "of each data-parallel rank in a step"),
+        ("--turns", 5, "steps that are timed"),
+        ("--warm-ups", 2, "steps before those"),
+    ):
+        training.add_argument(name, type=int, default=number, metavar="N", help=f"{about}; {number} if left out")
+    training.add_argument(
+        "--gradient-checkpointing", action="store_true", help="of the torch trainer, as in [train]; Megatron has flags"
+    )
+    training.add_argument(
+        "--budget-s", type=float, default=540.0, metavar="N", help="what would begin later is left out"
+    )
     report = _add(commands, "report", _report, "Writes a run's report, one static HTML page, and prints its path.")
     report.add_argument("directory", type=Path, metavar="RUN_DIR")
     doctor = _add(
@@ -329,6 +377,21 @@ def _setting(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
+
+
+def _megatron(flags: Sequence[str]) -> dict[str, Any]:
+    """The table `[megatron]` that flags of Megatron's stand for: each has one value, or none for true."""
+    table: dict[str, Any] = {}
+    name = ""
+    for text in flags:
+        if text.startswith("--"):
+            name, given, value = text[2:].partition("=")
+            table[name] = _setting(f"{name}={value}")[1] if given else True
+        elif name and table[name] is True:
+            table[name] = _setting(f"{name}={text}")[1]
+        else:
+            raise ValueError(f"unexpected argument {text}; see `miles-spec bench train --help`")
+    return table
 
 
 _Command = Callable[[argparse.Namespace, Sequence[str]], None]

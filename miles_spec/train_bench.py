@@ -1,0 +1,535 @@
+"""`miles-spec bench train`: tokens per second and model FLOP utilisation of training steps, with a draft and without.
+
+A dense, Qwen3-shaped policy with random weights takes optimizer steps on packs of random tokens: alone, with a draft
+that is trained by our code, and, beside Megatron's trainer, on Megatron's own path (`megatron_stock.py`), alone and
+with its own MTP layer and loss. The draft is an MTP layer of the same kind (`qwen_mtp`), with the loss that a run has
+by default. One process measures on one GPU, or on the CPU; torchrun starts more, which all call `train` alike.
+
+Model FLOPs of a step: `6 * parameters of the layers` for each token, `6 * H * V` for each token whose prediction is
+trained on (the LM head; the embedding is a look-up), and `12 * layers * width of the queries * mean context` for each
+token's attention, the context being the tokens it sees, itself included. The draft and recomputation are not counted,
+so all rows of one size have the same.
+
+Invariant: rows of one size differ in what trains and by what, never in tokens, sizes or optimizer.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not in torch's `__all__`
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+
+from miles_spec.config import DraftConfig, RunConfig, TrainConfig
+from miles_spec.draft.modules import DraftHead
+from miles_spec.draft.spec import QWEN_MTP
+from miles_spec.kernels.attention import NAME
+from miles_spec.kernels.layout import PackedLayout
+from miles_spec.provenance import check, commit, write_result
+from miles_spec.train.megatron_args import MegatronArguments
+from miles_spec.train.torch_trainer import TorchTrainer
+from miles_spec.types import PackedBatch, RunError
+
+BACKENDS = ("torch", "megatron")
+STOCK = "megatron stock"
+"""Megatron's own path, which comes with the backend `megatron`."""
+SEGMENT_TOKENS = (512, 4096)
+"""Least and most tokens of a segment."""
+DRAFT_SHARE, OVER_MTP = 0.05, 1.0
+"""The most that a draft of depth 1 takes of a step, and what its time is below in units of Megatron's MTP."""
+PEAKS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}
+"""By a part of a GPU's name: its dense bfloat16 FLOP/s, from its data sheet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Of the policy."""
+
+    hidden: int = 2048
+    layers: int = 28
+    vocab: int = 151936
+
+    def config(self) -> Qwen3Config:
+        """As Qwen3-1.7B is built, which it is by default. Raises `ValueError` for a width without two heads."""
+        head = 128 if self.hidden >= 1024 else 16
+        if self.hidden % (2 * head):
+            raise ValueError(f"a hidden size of {self.hidden} has no even number of heads of {head}; choose a multiple")
+        return Qwen3Config(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=3 * self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.hidden // head,
+            num_key_value_heads=self.hidden // head // 2,
+            head_dim=head,
+            max_position_embeddings=max(SEGMENT_TOKENS),
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=None,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What is timed."""
+
+    backend: str
+    """Of `BACKENDS`, or `STOCK`."""
+    tokens: int
+    """Of a micro-batch."""
+    depth: int
+    """Of the draft, or of Megatron's MTP; 0 for a policy alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One case; None where it was not measured, or cannot be."""
+
+    backend: str
+    tokens: int
+    depth: int
+    micro_batches: int
+    """Of a step, over all ranks."""
+    parameters: int
+    """Of the policy."""
+    flops: float
+    """Model FLOPs of a step, over all ranks."""
+    step_s: float | None = None
+    """Median."""
+    turns: tuple[float, ...] = ()
+    """Seconds of each step."""
+    tokens_per_s: float | None = None
+    """Of all ranks together."""
+    utilisation: float | None = None
+    """Model FLOP/s over the peak of all GPUs."""
+    gpu_peak_bytes: int | None = None
+    """Most that tensors took on any rank's GPU while it stepped."""
+    host_peak_bytes: int | None = None
+    """Most resident memory of any rank's process, from the making of the model on."""
+    note: str = ""
+
+
+def train(
+    result: Path | None = None,
+    *,
+    backends: Sequence[str] = ("torch",),
+    depths: Sequence[int] = (1,),
+    tokens: Sequence[int] = (8192, 32768),
+    size: Size | None = None,
+    micro_batches: int = 2,
+    turns: int = 5,
+    warm_ups: int = 2,
+    recompute: bool = False,
+    megatron: Mapping[str, Any] | None = None,
+    budget_s: float = 540.0,
+) -> list[Row]:
+    """Measures every case, prints it on rank 0, and writes it to `result`, which after each holds all that is done.
+    What would begin after `budget_s` is left out, and named; steps end early too, the first excepted.
+
+    `micro_batches` are those of one data-parallel rank, `recompute` is `train.gradient_checkpointing`, which is torch's
+    alone, and `megatron` is the table `[megatron]`. Without a GPU the forwards are in float32, else in bfloat16.
+
+    Raises `ValueError` for what cannot be measured, and `RunError` if one of several ranks is out of memory, since the
+    others cannot go on then; alone, a process notes it in the row and goes on.
+    """
+    for name in backends:
+        if name not in BACKENDS:
+            raise ValueError(f"there is no backend {name!r} to measure; there are {', '.join(BACKENDS)}")
+    if "megatron" in backends and importlib.util.find_spec("megatron") is None:
+        raise ValueError('the backend megatron needs megatron-core: pip install "miles-spec[megatron]"')
+    if megatron and "megatron" not in backends:
+        raise ValueError(f"{next(iter(megatron))} is an argument of Megatron; add megatron to --backends")
+    if min((micro_batches, turns, *tokens, *depths)) < 1 or warm_ups < 0:
+        raise ValueError("tokens, depths, micro-batches and turns have to be at least 1")
+    with _ranks("megatron" in backends) as device:
+        bench = Bench(
+            result, size or Size(), micro_batches, turns, warm_ups, recompute, megatron or {}, budget_s, device
+        )
+        for case in bench.cases(backends, depths, tokens):
+            bench.measure(case)
+    return bench.rows
+
+
+class Bench:
+    """The rows of one call, the same on every rank."""
+
+    def __init__(
+        self,
+        result: Path | None,
+        size: Size,
+        micro_batches: int,
+        turns: int,
+        warm_ups: int,
+        recompute: bool,
+        megatron: Mapping[str, Any],
+        budget_s: float,
+        device: torch.device,
+    ) -> None:
+        self.rows: list[Row] = []
+        self.left_out: list[str] = []
+        """What was not measured, and why."""
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.leads = self.world == 1 or dist.get_rank() == 0
+        self.device = device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.hf_config = size.config()
+        self._result, self._size = result, size
+        self._micro_batches, self._turns, self._warm_ups = micro_batches, turns, warm_ups
+        self._recompute, self._megatron = recompute, dict(megatron)
+        self._until = time.monotonic() + budget_s
+        self._commit = commit()  # before a tracked result is written, which makes the checkout differ
+        self._console = Console(quiet=not self.leads)
+        if not self._console.is_terminal:  # a log has no width of its own
+            self._console = Console(width=150, quiet=not self.leads)
+
+    def cases(self, backends: Sequence[str], depths: Sequence[int], tokens: Sequence[int]) -> Iterator[Case]:
+        """Size by size, so that what a budget cuts off is the largest."""
+        paths = list(backends)
+        if "megatron" in backends:
+            arguments = MegatronArguments.make(self._megatron, self.world)
+            arguments.check(self.hf_config)
+            if arguments.pp * arguments.cp > 1:
+                self._leave_out(f"{STOCK}: it is measured without pipeline and context parallelism alone")
+            elif arguments.sequence_parallel and any(n % arguments.tp for n in tokens):
+                self._leave_out(f"{STOCK}: --tokens are not multiples of tensor_model_parallel_size")
+            else:
+                paths.append(STOCK)
+        for n in tokens:
+            for path in paths:
+                for depth in (0, *depths):
+                    yield Case(backend=path, tokens=n, depth=depth)
+
+    def measure(self, case: Case) -> None:
+        """Adds the row of one case, or names it as left out."""
+        what = f"{case.backend}, {case.tokens} tokens, {_trains(case)}"
+        if self._late():
+            self._leave_out(f"{what}: no time was left")
+            return
+        data = self.world
+        if case.backend != "torch":
+            data = MegatronArguments.make(self._megatron, self.world).dp
+        batches = packs(self._micro_batches * data, case.tokens, self._size.vocab, self.device)
+        layers, head = parameters(self.hf_config)
+        row = Row(
+            backend=case.backend,
+            tokens=case.tokens,
+            depth=case.depth,
+            micro_batches=len(batches),
+            parameters=layers + head,
+            flops=step_flops(self.hf_config, batches),
+        )
+        if self.world > 1:  # what is written if another rank ends all
+            self._write([replace(row, note="failed: the ranks ended in it")])
+        full = False
+        try:
+            row = self._row(row, *self._steps(case, batches))
+        except torch.OutOfMemoryError:
+            full = True
+        if full:  # not above, where the error still holds what it was raised in
+            row = replace(row, note="out of memory")
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.rows.append(row)
+        self._console.print(table([row]))
+        self._write()
+        if full and self.world > 1:
+            raise RunError(
+                f"{what}: out of memory on one of {self.world} ranks, and the others cannot go on without it"
+            )
+
+    def _steps(self, case: Case, batches: Sequence[PackedBatch]) -> tuple[tuple[float, ...], int | None, int | None]:
+        """Seconds of each step, and the peaks of this rank's GPU and host memory."""
+        host = _reset_host_peak()
+        step = self._trainer(case)
+        gc.collect()
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        taken: list[float] = []
+        for turn in range(self._warm_ups + self._turns):
+            if taken and self._late():
+                break
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            step(batches)
+            if cuda:
+                torch.cuda.synchronize()
+            if turn >= self._warm_ups:
+                taken.append(time.perf_counter() - start)
+        return tuple(taken), torch.cuda.max_memory_allocated() if cuda else None, _host_peak() if host else None
+
+    def _trainer(self, case: Case) -> Callable[[Sequence[PackedBatch]], object]:
+        """The step of a fresh trainer."""
+        config = RunConfig(
+            draft=DraftConfig(num_steps=max(1, case.depth)),
+            train=TrainConfig(
+                backend="torch" if case.backend == "torch" else "megatron",
+                gradient_checkpointing=self._recompute and case.backend == "torch",
+                token_budget=case.tokens,
+            ),
+            megatron=self._megatron,
+        )
+        if case.backend == STOCK:
+            from miles_spec.megatron_stock import StockTrainer
+
+            return StockTrainer(self.hf_config, config, self.world, self.device, self.dtype, case.depth).step
+        model = self._model()
+        draft = DraftHead.attach(model, QWEN_MTP, None, torch.Generator().manual_seed(1)) if case.depth else None
+        if case.backend == "torch":
+            group = dist.group.WORLD if self.world > 1 else None
+            return TorchTrainer(model, draft, config, self.device, self.dtype, group=group).step
+        from miles_spec.train.megatron import MegatronTrainer
+
+        return MegatronTrainer(model, draft, config, self.device, self.dtype).step
+
+    def _model(self) -> PreTrainedModel:
+        """The same on every rank."""
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.hf_config, attn_implementation=NAME)
+        return model.eval()
+
+    def _row(self, row: Row, turns: tuple[float, ...], gpu: int | None, host: int | None) -> Row:
+        median = statistics.median(turns)
+        rate = None
+        if self.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name())
+            rate = None if peak is None else row.flops / median / peak / self.world
+        gpu, host = (None if n is None else int(self._most(n)) for n in (gpu, host))
+        return replace(
+            row,
+            step_s=median,
+            turns=turns,
+            tokens_per_s=row.tokens * row.micro_batches / median,
+            utilisation=rate,
+            gpu_peak_bytes=gpu,
+            host_peak_bytes=host,
+        )
+
+    def _late(self) -> bool:
+        """Whether rank 0 has no time left."""
+        late = time.monotonic() > self._until
+        return bool(self._most(float(late and self.leads)))
+
+    def _most(self, number: float) -> float:
+        """Of all ranks."""
+        if self.world == 1:
+            return number
+        values = torch.tensor([number], dtype=torch.float64, device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return float(values)
+
+    def _leave_out(self, what: str) -> None:
+        self.left_out.append(what)
+        self._console.print(f"left out: {what}")
+        self._write()
+
+    def _write(self, more: Sequence[Row] = ()) -> None:
+        if self._result is None or not self.leads:
+            return
+        write_result(
+            self._result,
+            "train",
+            [asdict(row) for row in (*self.rows, *more)],
+            checks(self.rows),
+            commit=self._commit,
+            settings={
+                **asdict(self._size),
+                "ranks": self.world,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "draft": QWEN_MTP.family,
+                "draft_loss": DraftConfig().loss,
+                "turns": self._turns,
+                "warm_ups": self._warm_ups,
+                "gradient_checkpointing": self._recompute,
+                "megatron": self._megatron,
+                "segment_tokens": SEGMENT_TOKENS,
+            },
+            left_out=self.left_out,
+        )
+
+
+@contextmanager
+def _ranks(megatron: bool) -> Iterator[torch.device]:
+    """This rank's device, with the process group of those that torchrun has started, or, as Megatron needs it, of one.
+
+    Raises `ValueError` on a host with too few GPUs.
+    """
+    cuda = torch.cuda.is_available()
+    kind = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    made = False
+    if not dist.is_initialized():
+        made = True
+        if "RANK" in os.environ:
+            local = int(os.environ["LOCAL_RANK"])
+            if cuda and local >= torch.cuda.device_count():
+                raise ValueError(
+                    f"rank {local} needs a GPU, and this host has {torch.cuda.device_count()}; start fewer"
+                )
+            if cuda:
+                torch.cuda.set_device(local)
+            dist.init_process_group(kind)
+        elif megatron:
+            dist.init_process_group("nccl" if cuda else "gloo", store=HashStore(), rank=0, world_size=1)
+        else:
+            made = False
+    yield torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    if made:  # not after an error, when other ranks may still wait in a collective
+        if megatron:
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+# The work
+
+
+def packs(count: int, tokens: int, vocab: int, device: torch.device) -> list[PackedBatch]:
+    """`count` packs of `tokens` random tokens, the second half of each segment sampled; the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [segments(tokens, generator) for _ in range(count)]
+    sampled = sum(length - length // 2 for lengths in drawn for length in lengths)
+    out = []
+    for lengths in drawn:
+        mask = torch.cat([torch.arange(length) >= length // 2 for length in lengths])
+        signs = torch.cat([torch.full((length,), 1.0 - 2 * (i % 2)) for i, length in enumerate(lengths)])
+        values = torch.full((tokens,), float(vocab)).log().neg() * mask
+        out.append(
+            PackedBatch(
+                layout=PackedLayout.make(lengths, device),
+                tokens=torch.randint(vocab, (tokens,), generator=generator).to(device),
+                loss_mask=mask.to(device),
+                advantages=(signs * mask).to(device),
+                rollout_logprobs=values.to(device),
+                weights=(mask / sampled).to(device),
+            )
+        )
+    return out
+
+
+def segments(tokens: int, generator: torch.Generator) -> list[int]:
+    """Lengths within `SEGMENT_TOKENS` that come to `tokens`; of a smaller pack, from a quarter of it to all."""
+    least, most = min(SEGMENT_TOKENS[0], max(1, tokens // 4)), min(SEGMENT_TOKENS[1], tokens)
+    lengths = []
+    while tokens:
+        length = min(tokens, int(torch.randint(least, most + 1, (), generator=generator)))
+        if 0 < tokens - length < least:  # too little would be left
+            length = tokens if tokens <= most else tokens // 2
+        lengths.append(length)
+        tokens -= length
+    return lengths
+
+
+def parameters(config: Qwen3Config) -> tuple[int, int]:
+    """Of all layers with the final norm, and of the LM head, which is the embedding too."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = config.vocab_size * config.hidden_size
+    return sum(p.numel() for p in model.parameters()) - head, head
+
+
+def step_flops(config: Qwen3Config, batches: Sequence[PackedBatch]) -> float:
+    """As the module's docstring says."""
+    layers, head = parameters(config)
+    width = config.num_attention_heads * config.head_dim
+    flops = 0.0
+    for batch in batches:
+        context = sum(n * (n + 1) / 2 for n in batch.layout.lengths)  # summed over tokens
+        flops += 6 * layers * len(batch.tokens) + 6 * head * int(batch.loss_mask.sum())
+        flops += 12 * config.num_hidden_layers * width * context
+    return flops
+
+
+def peak_flops(name: str) -> float | None:
+    """Of a GPU of that name; None if it is not known."""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def _reset_host_peak() -> bool:
+    """Whether the system lets this process forget its peak."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False
+
+
+def _host_peak() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+# Results
+
+
+def checks(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The goals that these rows can be held against, met or not."""
+    seconds = {(r.backend, r.tokens, r.depth): r.step_s for r in rows if r.step_s is not None}
+    found = []
+    for (backend, tokens, depth), with_draft in seconds.items():
+        alone = seconds.get((backend, tokens, 0))
+        if backend == STOCK or depth == 0 or alone is None:
+            continue
+        more = with_draft - alone
+        if depth == 1:
+            share, goal = more / with_draft, f"at most {DRAFT_SHARE}"
+            what = f"{backend}, {tokens} tokens: the draft's share of the step at one depth"
+            found.append(check(what, share, goal, share <= DRAFT_SHARE))
+        theirs, bare = seconds.get((STOCK, tokens, depth)), seconds.get((STOCK, tokens, 0))
+        if backend == "megatron" and theirs is not None and bare is not None and theirs > bare:
+            ratio, goal = more / (theirs - bare), f"below {OVER_MTP:g}"
+            what = f"{tokens} tokens, depth {depth}: seconds of the draft trained here over Megatron's own MTP path"
+            found.append(check(what, ratio, goal, ratio < OVER_MTP))
+    return found
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "step_s": ("s", lambda x: f"{x:.4f}"),
+    "tokens_per_s": ("tokens/s", lambda x: f"{x:,.0f}"),
+    "utilisation": ("of the peak", lambda x: f"{x:.1%}"),
+    "gpu_peak_bytes": ("GPU, GB", lambda x: f"{x / 1e9:.2f}"),
+    "host_peak_bytes": ("host, GB", lambda x: f"{x / 1e9:.2f}"),
+}
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Rows for a terminal."""
+    shown = Table(box=None, header_style="bold")
+    for head in ("trained by", "what"):
+        shown.add_column(head, min_width=16)
+    shown.add_column("micro-batches", justify="right")
+    for head, _ in COLUMNS.values():
+        shown.add_column(head, justify="right", min_width=11)
+    shown.add_column("")
+    for row in rows:
+        values = [(getattr(row, name), text) for name, (_, text) in COLUMNS.items()]
+        shown.add_row(
+            row.backend,
+            _trains(row),
+            f"{row.micro_batches} x {row.tokens}",
+            *("-" if v is None else text(v) for v, text in values),
+            row.note,
+        )
+    return shown
+
+
+def _trains(case: Case | Row) -> str:
+    what = "MTP" if case.backend == STOCK else "draft"
+    return f"with {what}, depth {case.depth}" if case.depth else "policy alone"

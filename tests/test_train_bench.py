@@ -1,0 +1,318 @@
+"""`miles-spec bench train` in miniature: a tiny model on the CPU, Megatron in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+import megatron_cpu
+from miles_spec import train_bench
+from miles_spec.cli import main
+from miles_spec.train.torch_trainer import TorchTrainer
+from miles_spec.train_bench import (
+    STOCK,
+    Row,
+    Size,
+    checks,
+    packs,
+    parameters,
+    peak_flops,
+    segments,
+    step_flops,
+    table,
+    train,
+)
+from miles_spec.types import RunError
+
+CPU = torch.device("cpu")
+TINY = Size(hidden=64, layers=2, vocab=256)
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="miniatures for a CPU")
+
+
+def tiny(result: Path | None = None, **given: Any) -> list[Row]:
+    options: dict[str, Any] = {"tokens": (256,), "size": TINY, "micro_batches": 1, "turns": 2, "warm_ups": 1}
+    return train(result, **{**options, **given})
+
+
+def row(backend: str, depth: int, step_s: float | None, tokens: int = 8192) -> Row:
+    return Row(backend=backend, tokens=tokens, depth=depth, micro_batches=2, parameters=1, flops=1.0, step_s=step_s)
+
+
+@ON_CPU
+def test_torch_backend_is_measured_with_and_without_a_draft(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    step = TorchTrainer.step
+    monkeypatch.setattr(TorchTrainer, "step", lambda self, batches: steps.append(step(self, batches)) or steps[-1])
+    out = tmp_path / "train.json"
+    rows = tiny(out, depths=(1, 3))
+    assert [(r.backend, r.tokens, r.depth) for r in rows] == [("torch", 256, depth) for depth in (0, 1, 3)]
+    assert [len(terms.draft_by_depth) for terms in steps] == [0] * 3 + [1] * 3 + [3] * 3
+    assert all(len(r.turns) == 2 and r.tokens_per_s == 256 / r.step_s for r in rows if r.step_s)
+    assert all(r.utilisation is None and r.gpu_peak_bytes is None for r in rows)
+    assert all(r.host_peak_bytes is None or r.host_peak_bytes > 1 << 20 for r in rows)
+    written = json.loads(out.read_text())
+    assert len(written["rows"]) == 3 and written["settings"]["hidden"] == 64 and written["left_out"] == []
+    assert [c["what"] for c in written["checks"]] == ["torch, 256 tokens: the draft's share of the step at one depth"]
+    assert "policy alone" in (shown := capsys.readouterr().out) and "with draft, depth 3" in shown
+
+
+@ON_CPU
+def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = TorchTrainer.step
+
+    def fails(self: TorchTrainer, batches: Any) -> Any:
+        if self.draft is not None:
+            raise torch.OutOfMemoryError("injected")
+        return step(self, batches)
+
+    monkeypatch.setattr(TorchTrainer, "step", fails)
+    rows = tiny(tokens=(256, 128))
+    assert [r.note for r in rows] == ["", "out of memory"] * 2
+    assert [r.step_s is None for r in rows] == [False, True] * 2
+
+
+@ON_CPU
+def test_a_spent_budget_leaves_out_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny(tmp_path / "t.json", budget_s=-1) == []
+    left = json.loads((tmp_path / "t.json").read_text())["left_out"]
+    assert left == [f"torch, 256 tokens, {what}: no time was left" for what in ("policy alone", "with draft, depth 1")]
+    assert "left out: torch" in capsys.readouterr().out
+
+
+@ON_CPU
+def test_a_budget_cuts_turns_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = iter([False, False, True])  # before the case, after one turn, after two
+    monkeypatch.setattr(train_bench.Bench, "_late", lambda self: next(late))
+    bench = train_bench.Bench(None, TINY, 1, 5, 0, False, {}, 60.0, CPU)
+    bench.measure(train_bench.Case(backend="torch", tokens=64, depth=0))
+    assert len(bench.rows[0].turns) == 2
+
+
+# Megatron
+
+
+def _bench(arguments: Any, given: dict[str, Any], table: dict[str, Any]) -> list[Row]:
+    return tiny(backends=("megatron",), megatron=table, turns=1, warm_ups=0, **given)
+
+
+@megatron_cpu.installed
+@pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}])
+def test_megatron_and_its_own_path(layout: dict[str, Any]) -> None:
+    for rows in megatron_cpu.run(_bench, layout, 2, {"depths": (1, 2)}, layout):
+        assert [(r.backend, r.depth) for r in rows] == [(b, d) for b in ("megatron", STOCK) for d in (0, 1, 2)]
+        assert all(r.step_s and not r.note for r in rows)
+        assert {r.micro_batches for r in rows} == {1 if layout else 2}
+
+
+@megatron_cpu.installed
+def test_its_own_path_is_left_out_where_packs_are_cut() -> None:
+    layout = {"context_parallel_size": 2}
+    rows = megatron_cpu.run(_bench, layout, 2, {}, layout)[0]
+    assert [(r.backend, r.depth) for r in rows] == [("megatron", 0), ("megatron", 1)]
+
+
+def _full(arguments: Any, result: Path) -> str:
+    """A bench whose ranks run out of memory with a draft; the error."""
+    from miles_spec.train.megatron import MegatronTrainer
+
+    step = MegatronTrainer.step
+
+    def fails(self: MegatronTrainer, batches: Any) -> Any:
+        if self.has_draft:
+            raise torch.OutOfMemoryError("injected")
+        return step(self, batches)
+
+    MegatronTrainer.step = fails  # type: ignore[method-assign]
+    try:
+        _bench(arguments, {"result": result}, {})
+    except RunError as error:
+        return str(error)
+    finally:
+        MegatronTrainer.step = step  # type: ignore[method-assign]
+    return ""
+
+
+@megatron_cpu.installed
+def test_out_of_memory_on_ranks_is_a_row_and_the_end(tmp_path: Path) -> None:
+    errors = megatron_cpu.run(_full, {}, 2, tmp_path / "t.json")
+    assert all("out of memory on one of 2 ranks" in error for error in errors)
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert [(r["depth"], r["note"]) for r in rows] == [(0, ""), (1, "out of memory")]
+
+
+def _stock(arguments: Any, depth: int) -> tuple[float, list[str], dict[str, torch.Tensor], dict[str, Any]]:
+    """Loss of a step, names of weights without a gradient, weights, and what Megatron says of its MTP."""
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    from miles_spec.config import RunConfig
+    from miles_spec.megatron_stock import StockTrainer
+
+    trainer = StockTrainer(TINY.config(), RunConfig(), arguments.world_size, CPU, torch.float32, depth)
+    weights = {name: p.detach().clone() for name, p in trainer.module.named_parameters()}
+    loss = trainer.step(packs(1, 256, TINY.vocab, CPU))
+    unmoved = [name for name, p in trainer.module.named_parameters() if not p.main_grad.any()]
+    return (
+        loss,
+        unmoved,
+        weights,
+        {name: values.tolist() for name, values in MTPLossLoggingHelper.tracker.items() if torch.is_tensor(values)},
+    )
+
+
+@megatron_cpu.installed
+def test_own_path_is_the_same_model() -> None:
+    """Its loss, and that of its MTP layer, near those of Hugging Face's model with the same weights."""
+    loss, unmoved, weights, mtp = megatron_cpu.run(_stock, {}, 1, 1)[0]
+    assert unmoved == []
+    assert any(name.startswith("mtp.") for name in weights)
+    (batch,) = packs(1, 256, TINY.vocab, CPU)
+    model = AutoModelForCausalLM.from_config(TINY.config(), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter, value in _mapped(model, weights):
+            parameter.copy_(value)
+        found, start = [], 0
+        for length in batch.layout.lengths:
+            tokens = batch.tokens[start : start + length]
+            losses = F.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="none")
+            found.append(losses[batch.loss_mask[start + 1 : start + length]])
+            start += length
+    assert loss == pytest.approx(float(torch.cat(found).mean()), abs=1e-5)
+    assert mtp["loss_values"] == [pytest.approx(math.log(TINY.vocab), abs=0.3)]
+    assert mtp["total_values"] == [int(batch.loss_mask.sum())]
+
+
+def _mapped(model: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """Each parameter of Hugging Face's with its value out of Megatron's: queries, keys and values lie by group."""
+    config = model.config
+    groups, head = config.num_key_value_heads, config.head_dim
+    each = config.num_attention_heads // groups
+    yield model.model.embed_tokens.weight, weights["embedding.word_embeddings.weight"]
+    yield model.model.norm.weight, weights["decoder.final_layernorm.weight"]
+    for i, layer in enumerate(model.model.layers):
+        own = {n.removeprefix(f"decoder.layers.{i}."): w for n, w in weights.items()}
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = own["self_attention.linear_qkv.weight"].view(groups, each + 2, head, -1)
+        yield attention.q_proj.weight, qkv[:, :each].reshape(-1, config.hidden_size)
+        yield attention.k_proj.weight, qkv[:, each].reshape(-1, config.hidden_size)
+        yield attention.v_proj.weight, qkv[:, each + 1].reshape(-1, config.hidden_size)
+        yield attention.o_proj.weight, own["self_attention.linear_proj.weight"]
+        gate, up = own["mlp.linear_fc1.weight"].chunk(2)
+        yield mlp.gate_proj.weight, gate
+        yield mlp.up_proj.weight, up
+        yield mlp.down_proj.weight, own["mlp.linear_fc2.weight"]
+
+
+# What is counted
+
+
+def test_packs_are_the_same_at_every_call_and_half_sampled() -> None:
+    first, again = packs(2, 300, 50, CPU), packs(2, 300, 50, CPU)
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, again, strict=True))
+    assert sum(float(batch.weights.sum()) for batch in first) == pytest.approx(1)
+    for batch in first:
+        ends = torch.tensor(batch.layout.lengths).cumsum(0)
+        assert len(batch.tokens) == 300 == int(ends[-1])
+        assert batch.loss_mask[ends - 1].all() and not batch.loss_mask[ends[:-1]].any()
+        assert not batch.rollout_logprobs[~batch.loss_mask].any()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 256, 4096, 8192, 32768])
+def test_segments(tokens: int) -> None:
+    for seed in range(20):
+        lengths = segments(tokens, torch.Generator().manual_seed(seed))
+        assert sum(lengths) == tokens
+        assert min(lengths) >= min(512, max(1, tokens // 4)) and max(lengths) <= 4096
+
+
+def test_flops_by_hand() -> None:
+    config = TINY.config()
+    (batch,) = packs(1, 256, TINY.vocab, CPU)
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 192 + 2 * 64 + 2 * 16
+    assert parameters(config) == (2 * layer + 64, 256 * 64)
+    seen = sum(i + 1 for n in batch.layout.lengths for i in range(n))
+    expected = 6 * (2 * layer + 64) * 256 + 6 * 256 * 64 * int(batch.loss_mask.sum()) + 12 * 2 * 64 * seen
+    assert step_flops(config, [batch]) == expected
+
+
+def test_the_default_is_qwen3_1_7b() -> None:
+    layers, head = parameters(Size().config())
+    assert layers + head == pytest.approx(1.72e9, rel=0.01)
+
+
+def test_peaks() -> None:
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA H100 PCIe") is None
+
+
+def test_checks() -> None:
+    rows = [row("megatron", 0, 1.0), row("megatron", 1, 1.04), row(STOCK, 0, 0.9), row(STOCK, 1, 1.0)]
+    share, over = checks(rows)
+    assert share["value"] == pytest.approx(0.04 / 1.04) and share["holds"]
+    assert over["value"] == pytest.approx(0.4) and over["holds"]
+    slower = [rows[0], replace(rows[1], step_s=1.2), *rows[2:]]
+    assert [c["holds"] for c in checks(slower)] == [False, False]
+    assert checks([row("torch", 0, None), row("torch", 1, 1.0)]) == []
+    assert checks([row("torch", 0, 1.0), row("torch", 1, 1.1, tokens=32768)]) == []
+
+
+def test_table_shows_what_was_not_measured() -> None:
+    assert table([replace(row("torch", 0, None), note="out of memory")]).row_count == 1
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--backends", "jax"], "no backend 'jax'"),
+        (["--tensor-model-parallel-size", "2"], "add megatron to --backends"),
+        (["--depths", "0"], "at least 1"),
+        (["--hidden", "40"], "choose a multiple"),
+        (["stray"], "unexpected argument stray"),
+        (["--micro-batches=1", "--tp", "1", "2"], "unexpected argument 2"),
+    ],
+)
+def test_mistakes(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "train", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(train_bench, "train", lambda result, **given: calls.append((result, given)))
+    flags = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--recompute-granularity=full"]
+    own = [
+        "--json",
+        "t.json",
+        "--backends",
+        "torch",
+        "megatron",
+        "--tokens",
+        "64",
+        "--depths",
+        "1",
+        "3",
+        "--hidden",
+        "64",
+    ]
+    assert main(["bench", "train", *own, *flags]) == 0
+    ((result, given),) = calls
+    assert result == Path("t.json") and given["backends"] == ["torch", "megatron"]
+    assert (given["tokens"], given["depths"], given["size"].hidden) == ([64], [1, 3], 64)
+    assert given["megatron"] == {
+        "tensor-model-parallel-size": 2,
+        "sequence-parallel": True,
+        "recompute-granularity": "full",
+    }
