@@ -5,7 +5,7 @@ its data-parallel share of them and its context-parallel part of each. What a me
 
 The draft is replicated on the ranks of the last pipeline stage, where its objective runs on the detached states of the
 policy's own forward, right after it: Megatron's MTP block and loss are not used, so that nothing of the draft is in the
-policy's graph, and one code trains a draft of any family in every trainer.
+policy's graph, and the same code trains a draft in every trainer.
 
 Invariants: nothing that the draft does reaches a weight, a gradient or a moment of the policy; how ranks are laid out
 changes a step by rounding alone.
@@ -302,6 +302,13 @@ class MegatronTrainer:
         for name in tensors:
             if name not in wanted and not name.startswith("random."):
                 raise ValueError(f"the checkpoint has tensor {name!r}, for which this run's configuration has no place")
+        if self.draft is not None:
+            for name, tensor in self.draft.tensors().items():
+                # other tensors of the draft were derived from its vocabulary when it was made
+                if name.endswith(".vocab_ids") and not torch.equal(tensors[name].to(tensor.device), tensor):
+                    raise ValueError(
+                        f"{name!r} differs: the checkpoint's draft is over another vocabulary than this run's"
+                    )
         self.version = values["version"]
         if self.optimizer is not None:
             for state in STATES:

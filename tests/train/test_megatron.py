@@ -206,6 +206,45 @@ def test_a_checkpoint_goes_to_any_layout_and_to_the_torch_trainer() -> None:
     assert_near({name: back[name] for name in named}, named, 1e-5)
 
 
+def _loaded(arguments: Any, change: str) -> str:
+    """What is said of a checkpoint that does not fit, after which nothing has changed."""
+    from miles_spec.train.megatron import MegatronTrainer
+
+    model = _model("llama")
+    ids = torch.arange(0, 64, 2)
+    draft = DraftHead.attach(model, EAGLE, ids, torch.Generator().manual_seed(1))
+    trainer = MegatronTrainer(model, draft, _run(), "cpu")
+    trainer.step(_packs())
+    tensors, values = trainer.state()
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    name = "policy.model.norm.weight"
+    if change == "vocabulary":
+        tensors["draft.vocab_ids"] = ids + 1
+    elif change == "missing":
+        del tensors[name]
+    elif change == "misshapen":
+        tensors[name] = tensors[name][:-1]
+    else:
+        tensors["policy.more"] = tensors[name]
+    with pytest.raises(ValueError) as error:
+        trainer.load_state({**tensors, "random.cpu": before["random.cpu"]}, {**values, "version": 7})
+    assert trainer.version == 1 and all(torch.equal(t, before[n]) for n, t in trainer.state()[0].items())
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("vocabulary", "'draft.vocab_ids' differs: the checkpoint's draft is over another vocabulary than this run's"),
+        ("missing", "the checkpoint lacks tensor 'policy.model.norm.weight'; it is of a run of another configuration"),
+        ("misshapen", "tensor 'policy.model.norm.weight' has shape [31] in the checkpoint and [32] in this run"),
+        ("more", "the checkpoint has tensor 'policy.more', for which this run's configuration has no place"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(change: str, said: str) -> None:
+    assert megatron_cpu.run(_loaded, {}, 1, change) == [said]
+
+
 def _passes(arguments: Any, table: Mapping[str, Any]) -> Any:
     """What the other methods give: log-probabilities of policy and reference, the draft's own steps, the weights."""
     from miles_spec.train.megatron import MegatronTrainer
