@@ -101,14 +101,17 @@ class MegatronTrainer:
         if not parallel_state.model_parallel_is_initialized():
             initialize(self.arguments)
         self.ranks = MegatronRanks()
-        if draft is not None and draft.aux_layers:
+        if draft is not None and draft.aux_layers and self.ranks.stages > 1:
             raise ValueError(
-                "a draft that reads states between the layers (EAGLE3) is trained by the torch trainer only"
+                "a draft that reads states between the layers (EAGLE3) needs them all in one pipeline stage: set "
+                "pipeline_model_parallel_size = 1"
             )
         self.policy = build(model.config, self.arguments, dtype).to(self.device)
         named = dict(model.named_parameters())
         megatron_weights.load(self.policy, named, model.config)
         self.policy.requires_grad_(policy)
+        if draft is not None:
+            self.policy.tap(draft.aux_layers)
         self.reference = None
         if config.train.kl_coef:
             self.reference = {name: p.detach().to("cpu", copy=True) for name, p in self.policy.named_parameters()}
@@ -165,11 +168,11 @@ class MegatronTrainer:
         self.optimizer.zero()
         if any(bool(batch.loss_mask.any()) for batch in batches):
 
-            def work(part: _Part, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            def work(part: _Part, hidden: Tensor, read: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
                 out = self._logprobs(part, hidden)
                 total = self._policy_loss(part, out, tally)
                 if draft is not None:
-                    draft.add(part.batch, self._teacher(part, hidden, out))
+                    draft.add(part.batch, self._teacher(part, hidden, read, out))
                 return total, torch.ones((), dtype=torch.int, device=self.device), {}
 
             self._run(batches, work, train=True)
@@ -191,7 +194,7 @@ class MegatronTrainer:
             raise ValueError("no reference model is kept; set train.kl_coef above 0")
         found = {id(batch): torch.zeros(len(batch.tokens), device=self.device) for batch in batches}
 
-        def work(part: _Part, hidden: Tensor) -> None:
+        def work(part: _Part, hidden: Tensor, read: Tensor) -> None:
             out = self._logprobs(part, hidden)
             if self.ranks.tensor_rank == 0 and id(part.whole) in found:
                 found[id(part.whole)][part.tokens] = out.logprob
@@ -394,24 +397,27 @@ class MegatronTrainer:
     def _run(
         self,
         batches: Sequence[PackedBatch],
-        work: Callable[[_Part, Tensor], Any],
+        work: Callable[[_Part, Tensor, Tensor], Any],
         *,
         train: bool = False,
         every: bool = False,
     ) -> None:
         """The policy over this rank's share of the micro-batches, in Megatron's schedule; `work` is called on the last
-        stage with the hidden states `[R, H]` of each, and returns what a loss function of Megatron's does."""
+        stage with the hidden states `[R, H]` of each and what the draft reads, and returns what a loss function of
+        Megatron's does."""
         parts = self._parts(batches, every=every)
         if not parts:
             return
 
         def forward(parts: Iterator[_Part], model: Any) -> tuple[Tensor, Callable[..., Any]]:
             part = next(parts)
+            output = model(part.batch.tokens, part.batch.layout)
+            read = self.policy.tapped(part.batch.layout)
 
             def finish(hidden: Tensor, non_loss_data: bool = False) -> Any:
-                return work(part, hidden)
+                return work(part, hidden, hidden if read is None else read)
 
-            return model(part.batch.tokens, part.batch.layout), finish
+            return output, finish
 
         get_forward_backward_func()(
             forward_step_func=forward,
@@ -451,11 +457,10 @@ class MegatronTrainer:
         tally.add(out, total.detach(), loss)
         return total
 
-    def _teacher(self, part: _Part, hidden: Tensor, out: LogProbs) -> Teacher:
-        states = hidden.detach().to(self.dtype)
+    def _teacher(self, part: _Part, hidden: Tensor, read: Tensor, out: LogProbs) -> Teacher:
         return Teacher(
-            hidden=states,
-            states=states,
+            hidden=hidden.detach().to(self.dtype),
+            states=read.detach().to(self.dtype),
             lse=part.scatter(out.lse.detach()),
             logprobs=part.scatter(out.logprob.detach()),
         )
@@ -465,9 +470,9 @@ class MegatronTrainer:
         """What the draft learns from, on the last stage; elsewhere nothing."""
         found: list[_Lesson] = []
 
-        def work(part: _Part, hidden: Tensor) -> None:
+        def work(part: _Part, hidden: Tensor, read: Tensor) -> None:
             out = self._logprobs(part, hidden)
-            found.append((part, out, self._teacher(part, hidden, out)))
+            found.append((part, out, self._teacher(part, hidden, read, out)))
 
         self._run(batches, work)
         return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -88,7 +89,28 @@ class Policy(GPTModel):
             position_embedding_type="none",
         )
         self.hf_config = hf_config
+        self._tapping, self._tapped = False, dict[int, Tensor]()
         self.register_buffer("inv_freq", _inverse_frequencies(hf_config), persistent=False)
+
+    def tap(self, layers: Sequence[int]) -> None:
+        """Has each forward keep the states after these layers of this stage, counted from 0, for `tapped`."""
+        for index, layer in enumerate(layers):
+            self.decoder.layers[layer].register_forward_hook(partial(self._keep, index))
+
+    def _keep(self, index: int, layer: nn.Module, inputs: Any, outputs: tuple[Tensor, Any]) -> None:
+        if self._tapping:  # not when a layer is run again for its gradient
+            self._tapped[index] = outputs[0].detach()
+
+    def tapped(self, layout: PackedLayout) -> Tensor | None:
+        """`[T, n H]`, detached, of the last forward, over `layout`: the states of the `n` tapped layers side by side, whole
+        on every tensor-parallel rank; None if there are none."""
+        if not self._tapped:
+            return None
+        states = [self._tapped[index] for index in range(len(self._tapped))]
+        if self.config.sequence_parallel:
+            with torch.no_grad():
+                states = [gather_from_sequence_parallel_region(x, group=self.pg_collection.tp) for x in states]
+        return torch.cat([x[: layout.tokens, 0] for x in states], dim=-1)
 
     def forward(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
         """`[T, H]` after the final norm on the last stage, the same on every tensor-parallel rank; elsewhere what the
@@ -100,6 +122,7 @@ class Policy(GPTModel):
         if self.pre_process:
             hidden = self.embedding(F.pad(tokens, (0, extra))[None], None)
         assert self.inv_freq.dtype == torch.float32, "rotary frequencies must not be rounded"
+        self._tapping = True
         angles = F.pad(layout.positions, (0, extra))[:, None] * self.inv_freq
         hidden = self.decoder(
             hidden_states=hidden,
@@ -108,6 +131,7 @@ class Policy(GPTModel):
             # of all that reaches attention, this is what Megatron's checkpoints keep for recomputation as it is
             attention_bias=PackedAttention(layout),
         )
+        self._tapping = False
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:

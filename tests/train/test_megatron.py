@@ -15,7 +15,7 @@ import megatron_cpu
 from conftest import tiny_config
 from miles_spec.config import RunConfig
 from miles_spec.draft.modules import DraftHead
-from miles_spec.draft.spec import EAGLE
+from miles_spec.draft.spec import EAGLE, EAGLE3
 from miles_spec.kernels.attention import NAME
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import LossTerms, PackedBatch
@@ -309,8 +309,26 @@ def test_fewer_packs_than_ranks_and_nothing_to_learn_from() -> None:
         assert unchanged
 
 
+@pytest.mark.parametrize(("table", "size"), [({TP: 2, "sequence_parallel": True}, 2), ({CP: 2}, 2)], ids=_ident)
+@pytest.mark.parametrize("more", [{}, RECOMPUTE], ids=["", "recomputed"])
+def test_a_draft_that_reads_states_between_the_layers(table: dict[str, Any], size: int, more: dict[str, Any]) -> None:
+    model = _model("llama", layers=4)
+    trainer = TorchTrainer(
+        model, DraftHead.attach(model, EAGLE3, None, torch.Generator().manual_seed(1)), _run(), "cpu"
+    )
+    _, _, expected = _outcome(trainer, _packs())
+    assert_near(megatron_cpu.run(_aux, {**table, **more}, size, {**table, **more})[0], expected, 1e-5)
+
+
+def _aux(arguments: Any, table: Mapping[str, Any]) -> dict[str, Tensor]:
+    from miles_spec.train.megatron import MegatronTrainer
+
+    model = _model("llama", layers=4)
+    draft = DraftHead.attach(model, EAGLE3, None, torch.Generator().manual_seed(1))
+    return _outcome(MegatronTrainer(model, draft, replace(_run(), megatron=dict(table)), "cpu"), _packs())[2]
+
+
 def _refused(arguments: Any, family: str, table: Mapping[str, Any], aux: bool) -> str:
-    from miles_spec.draft.spec import EAGLE3
     from miles_spec.train.megatron import MegatronTrainer
 
     model = _model(family, layers=4)
@@ -325,9 +343,10 @@ def _refused(arguments: Any, family: str, table: Mapping[str, Any], aux: bool) -
 def test_what_is_not_supported_is_refused_by_name() -> None:
     """Before a weight is loaded; what `[megatron]` itself may not say is in test_megatron_args.py."""
 
-    def refused(family: str, table: Mapping[str, Any], size: int = 1, aux: bool = False) -> str:
-        return str(megatron_cpu.run(_refused, {}, size, family, table, aux)[0])
+    def refused(family: str, table: Mapping[str, Any], aux: bool = False) -> str:
+        groups = table if aux else {}
+        return str(megatron_cpu.run(_refused, groups, 2 if aux else 1, family, table, aux)[0])
 
     assert refused("gemma", {}).startswith("gemma: no mapping to Megatron")
     assert "1 ranks" in refused("llama", {TP: 4})
-    assert "EAGLE3" in refused("llama", {}, aux=True)
+    assert "EAGLE3" in refused("llama", {PP: 2}, aux=True)
