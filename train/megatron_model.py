@@ -102,8 +102,8 @@ class Policy(GPTModel):
             self._tapped[index] = outputs[0].detach()
 
     def tapped(self, layout: PackedLayout) -> Tensor | None:
-        """`[T, n H]`, detached, of the last forward, over `layout`: the states of the `n` tapped layers side by side, whole
-        on every tensor-parallel rank; None if there are none."""
+        """`[T, n H]`, detached: the states that the last forward, over `layout`, had after the `n` tapped layers, side
+        by side and whole on every tensor-parallel rank; None if there are none."""
         if not self._tapped:
             return None
         states = [self._tapped[index] for index in range(len(self._tapped))]
