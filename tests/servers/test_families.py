@@ -104,7 +104,7 @@ def teach(pair: Pair, requests: Any) -> None:
             model.base_model, head, input_ids=tokens[None], position_ids=layout.positions[None], attend=attend
         )
         scored = logprob(hidden[0], lm_head, tokens.roll(-1), temperature=1.0)
-    pack = (embed, lm_head, hidden[0], read[0], layout, tokens, mask, scored.lse, scored.logprob)
+    pack = (embed, head.target_rows(lm_head), hidden[0], read[0], layout, tokens, mask, scored.lse, scored.logprob)
     optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
     # fresh EAGLE3 heads know nothing of the newest token, MTP layers most of what there is
     for _ in range(60 if head.vocab_ids is not None else 20 if head.aux_layers else 4):
