@@ -37,6 +37,7 @@ FLUSH_S = 30.0
 """For requests that were given up to end, before a flush that cannot happen is an error."""
 STACKS_S = 1.0
 """For processes to write their stacks."""
+WARM_UP_TOKENS = 8
 
 
 class SGLangServer:
@@ -103,8 +104,9 @@ class SGLangServer:
     def start(self) -> None:
         """Starts the server, or looks at the joined one, and returns when it answers.
 
-        It serves nothing then: weights have to be pushed, and learned before if that was not done here yet; a server
-        that starts anew learns by itself what it was told before. Raises `ValueError` for settings that cannot
+        One of ours has by then compiled the kernels of all kinds of requests. It serves nothing: weights have to be
+        pushed, and learned before if that was not done here yet; a server that starts anew learns by itself what it was
+        told before. Raises `ValueError` for settings that cannot
         work, and `RunError`, with the end of the log, for a server that does not come up or cannot be used.
         """
         assert self._process is None or self._process.status() is not None, "stop the server first"
@@ -121,6 +123,8 @@ class SGLangServer:
                 raise RunError(
                     f"it was told to draft {self.draft_depth} tokens and says that it drafts {features.depth}"
                 )
+            if not self.joined:
+                self._warm_up(api)
         except (ConnectionError, TimeoutError, RunError, ValueError) as error:
             last = "" if self.alive() else f"; the end of its log:\n{self.log_lines()}"
             self.stop()
@@ -190,6 +194,19 @@ class SGLangServer:
         self.stop()
         self.draft_depth = depth
         self.start()
+
+    def _warm_up(self, api: Api) -> None:
+        """Has it answer a greedy and a sampled request side by side, with the weights it started from.
+
+        Some kernels are compiled when a batch first needs them, such as those for batches of both kinds, which a probe
+        of its health makes of any batch. For minutes it answers nothing then, and would pass for dead.
+        """
+        both: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9, "top_k": 20}]
+        size = {"max_new_tokens": WARM_UP_TOKENS, "ignore_eos": True}
+        body = {"input_ids": [[1, 2]] * len(both), "sampling_params": [{**kind, **size} for kind in both]}
+        began = time.monotonic()
+        api.ask("/generate", body, timeout_s=self._start_timeout_s)
+        log.debug("server %r: warm after %.1f s", self.name, time.monotonic() - began)
 
     def _start_process(self) -> None:
         assert self._folder is not None

@@ -118,6 +118,9 @@ class Faults:
     """The doorbell answers at once and rings nobody."""
     flush_busy: int = 0
     """Answers of `/flush_cache` that say that requests run, counted down."""
+    compile_s: float = 0.0
+    """For this long nothing is answered when greedy and sampled requests first run together; a probe of the health
+    counts as a greedy one."""
     exit_at_start: str = ""
     """The script writes this to its log and exits with status 3."""
 
@@ -154,6 +157,7 @@ class FakeSGLang:
         """Requests that run, by their `rid`; an event that is set aborts one."""
         self.most_running = 0
         self.lock = threading.Lock()
+        self.compiling = threading.Lock()
         self.server: ThreadingHTTPServer | None = None
 
     @property
@@ -342,6 +346,10 @@ class _Handler(BaseHTTPRequestHandler):
         match path:
             case "/health" | "/health_generate":
                 time.sleep(faults.late_health_s)
+                if path == "/health_generate" and fake.running:
+                    self.compile()
+                with fake.compiling:
+                    pass
                 return (503 if faults.unhealthy else 200), ""
             case "/openapi.json":
                 paths = ADMIN | NORMAL
@@ -393,8 +401,22 @@ class _Handler(BaseHTTPRequestHandler):
         loader = {"custom_weight_loader": ["miles_spec.sync.loader.load"]}
         return {"version": fake.version} | defaults | loader | speculation | exact | fake.info
 
+    def compile(self) -> None:
+        """What the first batch of both kinds waits for."""
+        with self.owner.compiling:
+            seconds, self.owner.faults.compile_s = self.owner.faults.compile_s, 0.0
+            time.sleep(seconds)
+
     def generate(self, body: dict[str, Any]) -> tuple[int, Any]:
         fake, faults = self.owner, self.owner.faults
+        if isinstance(body["sampling_params"], list):
+            if len({bool(kind["temperature"]) for kind in body["sampling_params"]}) == 2:
+                self.compile()
+            rows = zip(body["input_ids"], body["sampling_params"], strict=True)
+            return 200, [
+                self.decode({"rid": str(i), "input_ids": ids, "sampling_params": kind}, threading.Event())
+                for i, (ids, kind) in enumerate(rows)
+            ]
         with fake.lock:
             if faults.die_after is not None:
                 faults.die_after -= 1
@@ -426,6 +448,8 @@ class _Handler(BaseHTTPRequestHandler):
         output: list[int] = []
         reason: dict[str, Any] = {"type": "length", "length": params["max_new_tokens"]}
         for i in range(params["max_new_tokens"]):
+            with fake.compiling:
+                pass
             if aborted.is_set() or aborted.wait(faults.late_tokens_s):
                 reason = {"type": "abort", "message": "Abort in waiting queue" if not output else "Aborted"}
                 break

@@ -511,6 +511,22 @@ def test_kill_9_in_mid_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert fleet.versions()["target"] == 1 and fleet.members() == servers
 
 
+@pytest.mark.timeout(60)  # without a warm-up each new process is taken for dead in turn
+def test_kernels_are_compiled_before_a_server_counts_as_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_SGLANG", json.dumps({"compile_s": 2.0, "late_tokens_s": 0.02}))
+    server = SGLangServer(
+        name="e0", settings=SETTINGS, keys=Keys.random(), launch=COMMAND, folder=tmp_path, draft_depth=2
+    )
+
+    def recover(server: Any) -> None:
+        server._versions["target"] = 1
+
+    with fleet_of([server], recover, probe_s=0.1, dead_after_s=1.0) as fleet:
+        recover(server)
+        complete(fleet, requests(20, tokens=20))
+        assert fleet.restarts == 0
+
+
 def test_a_newer_version_comes_with_the_weights_where_nobody_serves() -> None:
     """After a push that verified nowhere, or the death of all servers while the trainer worked."""
     for fall in (lambda server: server.leave("the push did not verify"), lambda server: server.die()):
