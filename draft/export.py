@@ -124,14 +124,16 @@ def per_expert(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
                 yield f"{layer}.{i}.up_proj.weight", up
 
 
-def served_tensors(head: DraftHead, target_head_weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+def served_tensors(head: DraftHead, target_head_weight: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     """Everything a server needs to serve `head`, detached, each with its name.
 
     With a reduced vocabulary that includes the draft's rows `[Vd, H]` of the target's LM head `[V, H]`: SGLang copies
-    them once when it starts, so they must travel with every push, or the draft proposes by an old head.
+    them once when it starts, so they must travel with every push, or the draft proposes by an old head. Without one the
+    target's is not asked for.
     """
     yield from tensors_of(head).items()
     if head.vocab_ids is not None and head.lm_head is None:
+        assert target_head_weight is not None
         yield HEAD, head.head_rows(target_head_weight)
 
 
@@ -166,14 +168,25 @@ def export_target(model: PreTrainedModel, tokenizer: Any, folder: Path, *, dtype
         tokenizer.save_pretrained(partial)
 
 
-def check_served(model_type: str, spec: DraftSpec) -> None:
-    """Raises `ValueError` where SGLang cannot serve a draft of that family for a target of that type."""
+def check_served(model_type: str, spec: DraftSpec, layers: int = 1) -> None:
+    """Raises `ValueError` where SGLang cannot serve a draft of that family, with so many layers, for a target of that
+    type.
+
+    Read in 0.5.17 and 0.5.21: its `enable_multi_layer_eagle`, a layer for each depth, is for models that no family here
+    is of (MiMo-V2, Step-3.5, Inkling; from 0.5.21 also GigaChat-3.5). Of the classes in `ARCHITECTURES`, GLM-4.5's
+    fails at start if there is a second layer, and MiMo's loads each over the one before.
+    """
     if FAMILIES.get(spec.family) != spec:
         raise ValueError(f"SGLang has no class that serves a draft of family {spec.family!r} as it is built here")
     if model_type not in TARGETS[spec.family]:
         raise ValueError(
             f"SGLang serves drafts of family {spec.family!r} for {', '.join(TARGETS[spec.family])} models, not for "
             f"{model_type}; set draft.enabled = false, or use the embedded engine"
+        )
+    if layers > 1:
+        raise ValueError(
+            f"SGLang serves drafts of family {spec.family!r} with one layer, and this one has a layer for each of "
+            f"{layers} depths; use the embedded engine"
         )
 
 
@@ -204,7 +217,8 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def draft_config(head: DraftHead, dtype: torch.dtype) -> PretrainedConfig:
-    """What SGLang builds the draft from. Raises `ValueError` as `check_served` does."""
+    """What SGLang builds the draft from. Raises `ValueError` as `check_served` does, but for several layers, which a
+    folder can hold."""
     spec, kind = head.spec, head.config.model_type
     check_served(head.target_type, spec)
     # SGLang hands the draft the target's embedding and its head as two tensors; a tied draft has one place for both,
@@ -215,7 +229,7 @@ def draft_config(head: DraftHead, dtype: torch.dtype) -> PretrainedConfig:
         drafted = len(head.to_draft) if head.vocab_ids is None else len(head.vocab_ids)
         changes |= {"draft_vocab_size": drafted, "eagle_config": read, "norm_output": False}
     elif spec.input_norm:  # an MTP layer, of which SGLang asks how many there are
-        changes["num_nextn_predict_layers"] = 1
+        changes["num_nextn_predict_layers"] = head.layers
     return _served_config(head.config, [ARCHITECTURES[spec.family, kind]], dtype, **changes)
 
 

@@ -1,4 +1,4 @@
-"""`DraftHead`: one decoder layer that guesses on from a token and a hidden state of the target.
+"""`DraftHead`: a decoder layer, or one for each depth, that guesses on from a token and a hidden state of the target.
 
 Invariant: it holds nothing of the target. Embedding, hidden states and, unless the family has its own, the LM head come
 from the caller, detached, and the tensors of `export_names` are exactly those that an engine is sent, under the names
@@ -42,14 +42,20 @@ class DraftHead(nn.Module):
 
     `enter` brings the target's states to the draft's size; `forward` maps embeddings of the newest tokens and states
     (entered ones at depth 1, its own afterwards) to the states of the next depth and to those that the LM head turns
-    into logits. Parameters may be made on any device, `meta` included; the rotary table and the vocabulary always hold
-    their values.
+    into logits. With several `layers`, each depth has one of its own, with norms and `fc`; depths beyond them apply the
+    last one again. Parameters may be made on any device, `meta` included; the rotary table and the vocabulary always
+    hold their values.
     """
 
     vocab_ids: Tensor | None
     """`[Vd]` int64 ascending, the target's token ids that the draft can propose; None for all."""
     to_draft: Tensor
     """`[V]` int64, a token's index in the draft's vocabulary, -1 outside it."""
+    layer: Any
+    fc: nn.Linear
+    embed_norm: nn.Module
+    hidden_norm: nn.Module
+    norm: nn.Module
 
     def __init__(
         self,
@@ -58,11 +64,15 @@ class DraftHead(nn.Module):
         vocab_ids: Tensor | None = None,
         aux_layers: tuple[int, ...] = (),
         layer_config: PretrainedConfig | None = None,
+        layers: int = 1,
     ) -> None:
         """`aux_layers` are the target's layers, counted from 0, after which a family that reads such states reads
         them; none: `default_aux_layers`. `layer_config` describes the decoder layer of a draft from elsewhere; by
         default it is of the target's sizes. Raises `ValueError` for a vocabulary or layers that cannot be."""
         super().__init__()
+        if layers < 1 or (layers > 1 and not spec.layered):
+            most = "at least one layer" if spec.layered else "one layer"
+            raise ValueError(f"a draft of family {spec.family!r} has {most}, not {layers}")
         self.spec = spec
         self.target_type: str = target_config.model_type
         self.config = _layer_config(spec, target_config, layer_config)
@@ -70,23 +80,10 @@ class DraftHead(nn.Module):
         with torch.device("meta"):
             blank = AutoModel.from_config(self.config)
         size = self.config.hidden_size
-        self.layer = type(blank.layers[0])(self.config, 0)
-        if not spec.input_norm:
-            self.layer.input_layernorm = nn.Identity()
-        if spec.joins == "projection":
-            self.fc = nn.Linear(2 * size, size, bias=spec.fc_bias)
-        else:
-            self.fc = nn.Linear(len(self.aux_layers) * size, size, bias=spec.fc_bias)
-            for name in ("q_proj", "k_proj", "v_proj"):
-                narrow = getattr(self.layer.self_attn, name)
-                wide = nn.Linear(2 * size, narrow.out_features, bias=narrow.bias is not None)
-                setattr(self.layer.self_attn, name, wide)
-
-        def norm(wanted: bool) -> nn.Module:
-            return type(blank.norm)(size, eps=self.config.rms_norm_eps) if wanted else nn.Identity()
-
-        self.embed_norm, self.hidden_norm = norm(spec.part_norms), norm(spec.part_norms)
-        self.norm = norm(spec.final_norm)
+        self._build(self, blank)
+        self.deeper = nn.ModuleList(nn.Module() for _ in range(layers - 1))
+        for part in self.deeper:
+            self._build(part, blank)
         with torch.device("cpu"):
             self.rotary = type(blank.rotary_emb)(self.config)
             # some families have a table for each kind of layer
@@ -98,6 +95,27 @@ class DraftHead(nn.Module):
         self.register_buffer("vocab_ids", vocab_ids)
         self.register_buffer("to_draft", to_draft, persistent=False)
 
+    def _build(self, part: Any, blank: Any) -> None:
+        """Gives `part` what each depth has of its own: a layer like those of the model `blank`, norms, and `fc`."""
+        spec, size = self.spec, self.config.hidden_size
+        part.layer = type(blank.layers[0])(self.config, 0)
+        if not spec.input_norm:
+            part.layer.input_layernorm = nn.Identity()
+        if spec.joins == "projection":
+            part.fc = nn.Linear(2 * size, size, bias=spec.fc_bias)
+        else:
+            part.fc = nn.Linear(len(self.aux_layers) * size, size, bias=spec.fc_bias)
+            for name in ("q_proj", "k_proj", "v_proj"):
+                narrow = getattr(part.layer.self_attn, name)
+                wide = nn.Linear(2 * size, narrow.out_features, bias=narrow.bias is not None)
+                setattr(part.layer.self_attn, name, wide)
+
+        def norm(wanted: bool) -> nn.Module:
+            return type(blank.norm)(size, eps=self.config.rms_norm_eps) if wanted else nn.Identity()
+
+        part.embed_norm, part.hidden_norm = norm(spec.part_norms), norm(spec.part_norms)
+        part.norm = norm(spec.final_norm)
+
     @classmethod
     def attach(
         cls,
@@ -105,15 +123,26 @@ class DraftHead(nn.Module):
         spec: DraftSpec,
         vocab_ids: Tensor | None = None,
         generator: torch.Generator | None = None,
+        layers: int = 1,
     ) -> DraftHead:
         """A fresh draft for `target_model`, on its device and in its dtype; the same for the same generator state.
 
         See `miles_spec.draft.fresh` for what it starts as.
         """
-        head = cls(spec, target_model.config, vocab_ids)
+        head = cls(spec, target_model.config, vocab_ids, layers=layers)
         fill(head, target_model, generator or torch.Generator())
         parameter = next(target_model.parameters())
         return head.to(parameter.device, parameter.dtype)
+
+    @property
+    def layers(self) -> int:
+        """How many depths have a layer of their own."""
+        return 1 + len(self.deeper)
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What each depth has of its own (`layer`, `fc` and norms), by depth up to `layers`."""
+        return (self, *self.deeper)
 
     @property
     def width(self) -> int:
@@ -124,28 +153,37 @@ class DraftHead(nn.Module):
         """`[.., H]` states of depth 1 from the target's `[.., S]`."""
         return self.fc(states) if self.spec.joins == "attention" else states
 
-    def forward(self, embed: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, embed: Tensor, hidden: Tensor, positions: Tensor, attend: Attend, depth: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """`[B, q, H]` twice, for the next depth and for the LM head, from `embed` and `hidden` `[B, q, H]` and rotary
-        `positions` `[B, q]` int64."""
-        if not self.spec.first_embed:
-            embed = embed.masked_fill((positions == 0)[..., None], 0)
-        parts = {"embed": self.embed_norm(embed), "hidden": self.hidden_norm(hidden)}
-        x = torch.cat([parts[name] for name in self.spec.concat], dim=-1)
+        `positions` `[B, q]` int64, at `depth`, counted from 1."""
+        part = self.parts[min(depth, self.layers) - 1]
+        x = self.join(embed, hidden, positions, depth)
         if self.spec.joins == "projection":
-            x = self.fc(x)
+            x = part.fc(x)
             rotary = self.rotary(x, positions, **self._rotated)
-            state = self.layer(
+            state = part.layer(
                 x, attention_mask=None, position_ids=positions, position_embeddings=rotary, attend=attend
             )
         else:
             rotary = self.rotary(hidden, positions, **self._rotated)
-            mixed, _ = self.layer.self_attn(
+            mixed, _ = part.layer.self_attn(
                 hidden_states=x, attention_mask=None, position_embeddings=rotary, attend=attend
             )
             state = hidden + mixed
-            state = state + self.layer.mlp(self.layer.post_attention_layernorm(state))
-        out = self.norm(state)
+            state = state + part.layer.mlp(part.layer.post_attention_layernorm(state))
+        out = part.norm(state)
         return (state if self.spec.feeds == "pre_norm" else out), out
+
+    def join(self, embed: Tensor, hidden: Tensor, positions: Tensor, depth: int = 1) -> Tensor:
+        """`[B, q, 2H]` of what `forward` is given: token and state side by side, as `fc` or the attention reads
+        them."""
+        part = self.parts[min(depth, self.layers) - 1]
+        if not self.spec.first_embed:
+            embed = embed.masked_fill((positions == 0)[..., None], 0)
+        both = {"embed": part.embed_norm(embed), "hidden": part.hidden_norm(hidden)}
+        return torch.cat([both[name] for name in self.spec.concat], dim=-1)
 
     def head_rows(self, target_head_weight: Tensor) -> Tensor:
         """`[Vd, H]` the LM head of the draft: its own, or detached rows of the target's `[V, H]`, a copy if reduced."""

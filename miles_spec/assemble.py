@@ -38,14 +38,14 @@ from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.engine import Engine
 from miles_spec.rollout.speculation import CostModel, calibrate
 from miles_spec.serving import Serving, Weights
-from miles_spec.sync.session import Syncer
+from miles_spec.sync.session import Gathered, Syncer
 from miles_spec.sync.transports import InProcess
 from miles_spec.train import ranks as followers
 from miles_spec.train.megatron_args import MegatronArguments
 from miles_spec.train.packing import pack
 from miles_spec.train.ranks import Leader, Ranks
 from miles_spec.train.torch_trainer import TorchTrainer
-from miles_spec.types import LossTerms, Prompt, Receipt, Request, Sample, Sampling
+from miles_spec.types import LossTerms, Prompt, Receipt, Request, Role, Sample, Sampling
 
 if TYPE_CHECKING:
     from miles_spec.train.megatron import MegatronTrainer
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NOT_PUSHED = ("optimizer",)
+"""What of `train.offload` no push needs."""
 WARMUP_BATCH_TOKENS = 1024
 """Most tokens of one draft step of the warm start."""
 
@@ -77,6 +79,8 @@ class Run:
     model_type: str
     head_name: str
     """Of the policy: transformers' name of its kind, and of the weight that is its LM head."""
+    shapes: Mapping[Role, Mapping[str, tuple[int, ...]]]
+    """Of all that the engine takes."""
     syncer: Syncer
     cost: CostModel | None
     """Of the engine without speculation; None in a run without a draft, which has none to compare with, and of joined
@@ -99,28 +103,50 @@ class Run:
         return [self.tokenizer.decode([token]) for token in sample.completion.tokens]
 
     def weights(self) -> Weights:
-        """What the engine is to serve: the trainer's weights."""
-        target = self.trainer.weights("target")
-        if self.serving is not None:
-            target = as_served(target, self.model_type)
-        tensors = dict(target)
-        draft = None
+        """What the engine is to serve: the trainer's weights. Those that several ranks hold are gathered as they are
+        sent, a few at a time. They are brought back if a server needs them while responses are made."""
+        if self.trainer.asleep:
+            self.trainer.wake([tag for tag in self.config.train.offload if tag not in NOT_PUSHED])
+        weights = Weights(version=self.trainer.version, target={})
         if self.draft is not None:
             self._refresh(self.draft)
-            draft = self.draft_weights(self.draft, tensors)
-        return Weights(
-            version=self.trainer.version,
-            target=tensors,
-            draft_version=None if draft is None else self.trainer.draft_version,
-            draft=draft,
+            weights = replace(weights, draft_version=self.trainer.draft_version)
+        if isinstance(self.trainer, Leader):
+            return self._gathered(weights)
+        target = dict(self._target())
+        draft = None if self.draft is None else self.draft_weights(self.draft, target)
+        return replace(weights, target=target, draft=draft)
+
+    def _gathered(self, weights: Weights) -> Weights:
+        """With the tensors of all ranks, which come when they are sent, the target's first."""
+        kept: dict[str, Tensor] = {}
+
+        def target() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in self._target():
+                if name == self.head_name and self.draft is not None and self.draft.vocab_ids is not None:
+                    kept[name] = tensor  # of which the draft's rows are pushed after it
+                yield name, tensor
+
+        def draft() -> Iterable[tuple[str, Tensor]]:
+            assert self.draft is not None
+            return self.draft_weights(self.draft, kept).items()
+
+        return replace(
+            weights,
+            target=Gathered(shapes=self.shapes["target"], tensors=target),
+            draft=None if self.draft is None else Gathered(shapes=self.shapes["draft"], tensors=draft),
         )
+
+    def _target(self) -> Iterator[tuple[str, Tensor]]:
+        """As the engine takes it."""
+        target = self.trainer.weights("target")
+        return target if self.serving is None else as_served(target, self.model_type)
 
     def draft_weights(self, draft: DraftHead, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that the engine needs to serve `draft` beside `target`."""
         if self.serving is not None:
-            return dict(served_tensors(draft, target[self.head_name]))
-        names = draft.export_names
-        return {names[name]: parameter.detach() for name, parameter in draft.named_parameters()}
+            return dict(served_tensors(draft, target.get(self.head_name)))
+        return named_as_exported(draft)
 
     @torch.no_grad()
     def _refresh(self, draft: DraftHead) -> None:
@@ -139,8 +165,22 @@ class Run:
         members = self.engine.members()
         return self.weights().push(self.syncer, members, self_test=self_test) if members else []
 
+    def release(self) -> None:
+        """Gives the trainer the memory: what the engine can spare, and then all that the trainer had moved away."""
+        self.engine.release()
+        if self.trainer.asleep:
+            self.trainer.wake()
+
+    def sleep(self) -> None:
+        """Has the trainer move away what it does not need while responses are made; the push must be over."""
+        if self.config.train.offload:
+            self.trainer.sleep(self.config.train.offload)
+
     def wake(self) -> None:
-        """Gives the engine its memory back after training; a push must follow."""
+        """Gives the engine its memory back after training, less of it the trainer's by what no push needs; a push must
+        follow."""
+        if self.config.train.offload:
+            self.trainer.sleep(NOT_PUSHED)
         if self.trainer.device.type == "cuda":
             # what training has left over, on the engine's own GPUs
             self.trainer.empty_cache() if isinstance(self.trainer, Leader) else torch.cuda.empty_cache()
@@ -304,6 +344,13 @@ def _assemble(
     head = models.head_weight(loaded.model)
     head_name = next(name for name, parameter in loaded.model.named_parameters() if parameter is head)
     drafted = {} if draft is None else dict(served_tensors(draft, head))
+    target = served_target(loaded.model) if serving is not None else models.stored_tensors(loaded.model).items()
+    shapes: dict[Role, dict[str, tuple[int, ...]]] = {"target": {name: tuple(t.shape) for name, t in target}}
+    if draft is not None:
+        taken = drafted if serving is not None else named_as_exported(draft)
+        shapes["draft"] = {name: tuple(t.shape) for name, t in taken.items()}
+    if config.train.offload:
+        engine.release()
     trainer = start_trainer(config, loaded, draft, ranks)
     losses: list[float] = []
     if saved is not None:
@@ -313,6 +360,9 @@ def _assemble(
             losses.append(terms.draft)
             live.phase("warm start of the draft", len(losses), draft_config.warmup_steps)
         trainer.freeze_draft()
+    if config.train.offload:
+        trainer.sleep(NOT_PUSHED)
+        engine.wake()
     if draft is not None and serving is not None:
         serving.attach_draft(draft, drafted, draft_config.num_steps)
     elif draft is not None:
@@ -331,6 +381,7 @@ def _assemble(
         serving=serving,
         model_type=loaded.model.config.model_type,
         head_name=head_name,
+        shapes=shapes,
         syncer=syncer,
         cost=cost,
         step=0 if saved is None else saved.step,
@@ -358,6 +409,12 @@ def embedded(config: RunConfig, loaded: models.Loaded, max_context: int) -> Embe
         max_context=max_context,
         prefill_chunk_tokens=config.rollout.prefill_chunk_tokens,
     )
+
+
+def named_as_exported(draft: DraftHead) -> dict[str, Tensor]:
+    """What the embedded engine takes of a draft."""
+    names = draft.export_names
+    return {names[name]: parameter.detach() for name, parameter in draft.named_parameters()}
 
 
 def untrained(loaded: models.Loaded) -> Weights:
@@ -445,7 +502,8 @@ def most_frequent(texts: Iterable[Sequence[int]], size: int, total: int) -> Tens
 def fresh_draft(config: RunConfig, loaded: models.Loaded, vocab_ids: Tensor | None) -> DraftHead:
     """The draft of a run without `draft.path`, over `vocab_ids` (None: all)."""
     generator = torch.Generator().manual_seed(config.seed)
-    return DraftHead.attach(loaded.model, FAMILIES[config.draft.fresh_family], vocab_ids, generator)
+    draft = config.draft
+    return DraftHead.attach(loaded.model, FAMILIES[draft.fresh_family], vocab_ids, generator, draft.layers)
 
 
 def given_draft(config: RunConfig, loaded: models.Loaded) -> DraftHead | None:
@@ -466,7 +524,7 @@ def given_draft(config: RunConfig, loaded: models.Loaded) -> DraftHead | None:
             'to "auto"'
         )
     if config.rollout.engine == "sglang":
-        check_served(loaded.model.config.model_type, draft.spec)
+        check_served(loaded.model.config.model_type, draft.spec, draft.layers)
         if config.rollout.rule == "rejection" and draft.vocab_ids is not None:
             raise ValueError(
                 f"{what} holds a draft over a reduced vocabulary, with which SGLang has no rejection sampling; set "
@@ -478,7 +536,7 @@ def given_draft(config: RunConfig, loaded: models.Loaded) -> DraftHead | None:
 def _warm_start(
     trainer: AnyTrainer, samples: Sequence[Sample], config: RunConfig, device: torch.device
 ) -> Iterator[LossTerms]:
-    """Draft-only steps on the policy's own rollouts."""
+    """The closed form of a fresh draft, then draft-only steps, on the policy's own rollouts."""
     budget = min(config.train.token_budget, WARMUP_BATCH_TOKENS)
     (batches,) = pack(
         samples,
@@ -489,4 +547,6 @@ def _warm_start(
         minibatches=1,
         device=device,
     )
+    if not config.draft.path:
+        trainer.fit_draft(batches)
     return trainer.warm_draft(batches, config.draft.warmup_steps)

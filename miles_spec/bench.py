@@ -126,6 +126,7 @@ def served_modes(run: Run, drafts: Mapping[str, DraftHead]) -> Iterator[Modes]:
 
     def drafted(draft: DraftHead) -> Engine:
         weights = run.weights()
+        assert isinstance(weights.target, Mapping), "a benchmark runs in one process"
         weights = replace(weights, draft=run.draft_weights(draft, weights.target))
         weights.push(run.syncer, run.engine.members())
         return run.engine

@@ -160,6 +160,9 @@ class DraftConfig:
     """Folder of the draft to start from, as `miles-spec draft` writes or reads it; "" attaches a fresh one."""
     family: Literal["auto", "eagle", "eagle3", "nextn", "mimo", "qwen_mtp"] = "auto"
     """Kind of draft model. `auto`: that of `path`, else eagle."""
+    layers: int = 1
+    """Decoder layers of a fresh draft. If several, for families nextn and mimo, each of the first depths has one of its
+    own, and deeper ones apply the last again. The draft of `path` has those that it has."""
     num_steps: int = 3
     """Depth `k`: tokens drafted per block."""
     max_batch: int = 0
@@ -174,6 +177,9 @@ class DraftConfig:
     """Draft steps from pure KL to pure TV."""
     lr: float = 3e-4
     """Learning rate of the draft."""
+    lr_warmup_steps: int = 20
+    """Draft steps, those of a warm start included, over which it rises from 0: Adam's first steps move every weight by
+    all of it."""
     weight_decay: float = 0.0
     clip: float = 1.0
     """Gradient norm of the draft."""
@@ -253,6 +259,13 @@ class TrainConfig:
     """Most rounds of replacement; then the step goes on with what it has."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
+    offload: tuple[Literal["weights", "optimizer", "draft"], ...] = ()
+    """What the trainer moves to pinned memory of the host while responses are made, for an engine on the same GPU:
+    "optimizer" (moments, and Megatron's float32 weights) leaves before the engine wakes, the policy's "weights" and all
+    of the "draft" once they are pushed."""
+    oom_retry: bool = False
+    """Whether a step that runs out of GPU memory is taken again at half the `token_budget`, which then holds for the
+    rest of the run; once in a run, and with one rank only."""
 
     @property
     def loss_aggregation(self) -> Literal["sequence", "token", "constant"]:
@@ -335,6 +348,7 @@ _AT_LEAST = {
     "draft.ramp_steps": 1,
     "draft.lr": 0,
     "draft.weight_decay": 0,
+    "draft.lr_warmup_steps": 0,
     "draft.warmup_steps": 0,
     "draft.warmup_prompts": 1,
     "draft.warmup_lr": 0,
@@ -376,6 +390,7 @@ _NOT_EMPTY = {
 }
 _BETWEEN = {
     "rollout.top_p": (0, 1, "give a probability above 0, at most 1"),
+    "draft.layers": (0, 16, "give 1 to 16"),
     "draft.num_steps": (-1, 16, "give 1 to 16"),
     "offline.held_out": (0, 0.9, "give a share above 0, at most 0.9"),
 }
@@ -419,6 +434,16 @@ def validate(config: RunConfig) -> None:
         config.draft.num_steps > 0 or not config.draft.enabled,
         "draft.num_steps",
         "nothing would be drafted; give 1 to 16, or set draft.enabled = false",
+    )
+    need(
+        config.draft.layers == 1 or (not config.draft.path and config.draft.family in ("nextn", "mimo")),
+        "draft.layers",
+        "only a fresh draft of family nextn or mimo has a layer for each depth; set 1",
+    )
+    need(
+        config.draft.layers <= max(config.draft.num_steps, 1) or not config.draft.enabled,
+        "draft.layers",
+        f"draft.num_steps is {config.draft.num_steps}, and layers beyond it would never be used; give at most that",
     )
     need(
         not config.draft.path or config.draft.vocab_size == 0,
@@ -492,6 +517,12 @@ def _validate_train(train: TrainConfig, rollout: RolloutConfig, need: _Need) -> 
         f'train.advantage = "{train.advantage}" compares the samples of a prompt with each other; give 2 or more',
     )
     sequences = rollout.prompts_per_step * rollout.samples_per_prompt
+    need(len(set(train.offload)) == len(train.offload), "train.offload", "name each once")
+    need(
+        not train.oom_retry or train.ranks == 1,
+        "train.oom_retry",
+        f"with train.ranks = {train.ranks} one rank cannot leave the others' collectives; set false",
+    )
     need(
         train.minibatches <= sequences,
         "train.minibatches",

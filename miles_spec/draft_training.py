@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ from miles_spec.tracking import Tracker, write_summary
 from miles_spec.train.packing import pack
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import LossTerms, PackedBatch, Sample, SpecEstimate, StepReport
+
+FIT_TOKENS = 1 << 14
+"""Of responses with their prompts, that the closed form of a fresh draft is of."""
 
 
 def train(config: RunConfig, console: Console | None = None) -> Path:
@@ -117,6 +121,8 @@ class Training:
                 )
             self.trainer.load_state(saved.tensors, saved.values["trainer"])
             self.step, self._time_s = saved.step, saved.values["time_s"]
+        elif not config.draft.path:
+            self.trainer.fit_draft(self._pack(self._first(FIT_TOKENS), loaded.device))
 
     def estimate(self) -> SpecEstimate:
         """What serving would have needed for the responses held out, with the draft as it is now."""
@@ -184,6 +190,11 @@ class Training:
         }
         write_summary(self.out, summary)
         return summary
+
+    def _first(self, tokens: int) -> list[Sample]:
+        """Responses that have, with their prompts, so many tokens together, or one less."""
+        lengths = accumulate(len(s.prompt.tokens) + len(s.completion.tokens) for s in self._seen)
+        return [sample for sample, total in zip(self._seen, lengths, strict=True) if total <= tokens] or self._seen[:1]
 
     def _responses(self, step: int) -> list[Sample]:
         """Those of the step after `step`: each pass over all of them is in an order of its own."""

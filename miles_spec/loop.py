@@ -13,18 +13,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from miles_spec import rundir
 from miles_spec.assemble import Run, assemble, follow, join
 from miles_spec.config import RunConfig
 from miles_spec.live import LiveTable
-from miles_spec.metrics import summary, sync_metrics, training_metrics
+from miles_spec.metrics import host_gib_peak, summary, sync_metrics, training_metrics
 from miles_spec.sampling import Groups, sample
 from miles_spec.settings import dump
 from miles_spec.sync.session import TargetSyncError
 from miles_spec.tracking import Tracker, write_summary
 from miles_spec.train.advantages import advantages
+from miles_spec.train.memory import TokenBudget
 from miles_spec.train.packing import pack
 from miles_spec.types import LossTerms, PackedBatch, Receipt, StepReport
 
@@ -49,6 +51,7 @@ def train(config: RunConfig) -> Path:
         stack.callback(run.stop)
         begun, step, cursor = time.perf_counter() - run.time_s, run.step, run.source.state()
         saved, saving_s = step, 0.0
+        budget = TokenBudget(config.train)
         stepping, whole = False, (run.trainer.version, run.trainer.draft_version)
         with Tracker(run.out, config.tracking, dump(config), run.step) as tracker:
             if step < config.steps:
@@ -57,13 +60,16 @@ def train(config: RunConfig) -> Path:
                 tracker.warmup(number, {"draft_loss": loss})
             try:
                 while step < config.steps and not interrupted():
+                    pushed = time.perf_counter()
+                    run.sleep()
+                    slept = time.perf_counter()
                     groups = sample(run, step + 1, live)
                     sampled = time.perf_counter()
-                    run.engine.release()
+                    run.release()
                     others = run.gpu_gib_others()
                     live.phase("training")
                     started, stepping = time.perf_counter(), True
-                    terms = optimize(run, groups)
+                    terms = optimize(run, groups, budget)
                     trained = time.perf_counter()
                     live.phase("sync")
                     run.wake()
@@ -77,8 +83,10 @@ def train(config: RunConfig) -> Path:
                         **groups.metrics,
                         **training_metrics(terms, trained - started, groups.metrics.get("accept_length")),
                         **sync_metrics(receipts, synced - awake),
-                        "seconds_memory": started - sampled + awake - trained,
+                        "seconds_memory": slept - pushed + started - sampled + awake - trained,
                         "seconds_checkpoint": saving_s,
+                        "token_budget": budget.tokens,
+                        "host_gib_peak": host_gib_peak(),
                         **({} if others is None else {"gpu_gib_others": others}),
                     }
                     shown = tuple(groups.samples[: config.tracking.samples])
@@ -92,7 +100,15 @@ def train(config: RunConfig) -> Path:
                     if due(config, step):
                         live.phase("saving")
                         saved = step
+                        moved = run.trainer.asleep
+                        if moved:
+                            run.release()
                         run.save(step, cursor, time.perf_counter() - begun)
+                        if moved:
+                            run.wake()
+                            _, refused = _push(run)
+                            if refused is not None:
+                                raise refused
                         saving_s = time.perf_counter() - synced
             finally:
                 # also after an error, unless it came halfway through the optimizer steps
@@ -100,6 +116,8 @@ def train(config: RunConfig) -> Path:
                 untouched = whole == (run.trainer.version, run.trainer.draft_version) and not halfway
                 if step > saved and untouched:
                     live.phase("saving")
+                    if run.trainer.asleep:
+                        run.release()
                     run.save(step, cursor, time.perf_counter() - begun)
     if step:
         written = rundir.read(run.out)
@@ -107,22 +125,23 @@ def train(config: RunConfig) -> Path:
     return run.out
 
 
-def optimize(run: Run, groups: Groups) -> list[LossTerms]:
+def optimize(run: Run, groups: Groups, budget: TokenBudget) -> list[LossTerms]:
     """Advantages, packing, and the optimizer steps of one rollout; the loss terms of each."""
     config, rules = run.config, run.config.train
     values = advantages([[s.reward for s in group] for group in groups.groups], rules.advantage)
     minibatches = pack(
         groups.samples,
         [a for group in values for a in group],
-        token_budget=rules.token_budget,
+        token_budget=budget.tokens,
         aggregation=rules.loss_aggregation,
         max_new_tokens=config.rollout.max_new_tokens,
         minibatches=rules.minibatches,
         device=run.trainer.device,
     )
     # log-probabilities of the policy before the first step, and of the reference, while neither has moved
-    minibatches = [_with_logprobs(run, batches, old=len(minibatches) > 1) for batches in minibatches]
-    return [run.trainer.step(batches) for batches in minibatches]
+    score = partial(_with_logprobs, run, old=len(minibatches) > 1)
+    minibatches = [budget.run(score, batches) for batches in minibatches]
+    return [budget.run(run.trainer.step, batches) for batches in minibatches]
 
 
 def _with_logprobs(run: Run, batches: list[PackedBatch], *, old: bool) -> list[PackedBatch]:

@@ -6,7 +6,9 @@ defines each name.
 
 from __future__ import annotations
 
+import resource
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,6 +102,12 @@ def training_metrics(terms: Sequence[LossTerms], wall_s: float, engine_accept_le
     if "accept_length_cotrained" in metrics and engine_accept_length is not None:
         metrics["accept_estimate_error"] = metrics["accept_length_cotrained"] - engine_accept_length
     return metrics
+
+
+def host_gib_peak() -> float:
+    """The most memory of the host that this process has had so far, GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
 def sync_metrics(receipts: Sequence[Receipt], wall_s: float) -> dict[str, Any]:

@@ -99,6 +99,13 @@ def head_weight(model: PreTrainedModel) -> Tensor:
     return model.get_output_embeddings().weight
 
 
+def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and the buffers that a checkpoint keeps; detached, not copied."""
+    kept = module.state_dict().keys()
+    buffers = {name: b for name, b in module.named_buffers() if name in kept}
+    return {name: t.detach() for name, t in [*module.named_parameters(), *buffers.items()]}
+
+
 def embed_weight(model: PreTrainedModel) -> Tensor:
     """`[V, H]`, the input embedding."""
     return model.get_input_embeddings().weight

@@ -30,6 +30,7 @@ from miles_spec.rollout.sglang_process import LAUNCH
 from miles_spec.sync.collective import Collective
 from miles_spec.sync.dtypes import dtype_name, metas_of
 from miles_spec.sync.session import Syncer
+from miles_spec.sync.session import Weights as Sent
 from miles_spec.sync.transports import Disk, Ipc, Transport
 from miles_spec.types import Receipt, Role
 
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 TRAINED_BYTES = 12
 """Per weight, what training adds beside the weights themselves: a gradient and two moments in float32."""
+GRADIENT_BYTES = 4
+"""Of these, a gradient's."""
 
 RELEASED = {"kv_cache": ("kv_cache",), "all": ("weights", "kv_cache"), "nothing": ()}
 """`fleet.release` to SGLang's tags."""
@@ -47,9 +50,9 @@ class Weights:
     """What all servers are to serve."""
 
     version: int
-    target: Mapping[str, Tensor]
+    target: Sent
     draft_version: int | None = None
-    draft: Mapping[str, Tensor] | None = None
+    draft: Sent | None = None
     """None where they serve no draft yet."""
 
     def push(self, syncer: Syncer, members: Sequence[Member], *, self_test: bool = False) -> list[Receipt]:
@@ -83,7 +86,7 @@ class Serving:
         that SGLang has no draft for.
         """
         if config.draft.enabled and not config.draft.path:  # a draft from a folder was checked when it was read
-            check_served(loaded.model.config.model_type, FAMILIES[config.draft.fresh_family])
+            check_served(loaded.model.config.model_type, FAMILIES[config.draft.fresh_family], config.draft.layers)
         self.weights = weights
         self._loaded = loaded
         self._max_context = max_context
@@ -122,7 +125,7 @@ class Serving:
         self._servers = [
             server(
                 name=f"server{i}",
-                settings=_with_room(settings, gpus, loaded, fleet.margin_gb) if here in gpus else settings,
+                settings=_with_room(settings, gpus, loaded, config) if here in gpus else settings,
                 keys=keys,
                 host=fleet.host,
                 launch=fleet.launch or LAUNCH,
@@ -171,7 +174,7 @@ class Serving:
         self.fleet.stop()
         self.syncer.transport.stop()
 
-    def _learn(self, role: Role, tensors: Mapping[str, Tensor]) -> None:
+    def _learn(self, role: Role, tensors: Sent) -> None:
         metas = metas_of(tensors.items())
         for server in self._servers:
             server.learn(role, metas)
@@ -215,12 +218,21 @@ def _placed(gpus: tuple[int, ...], engines: int, ranks: int, device: torch.devic
     return [gpus[i * ranks : (i + 1) * ranks] for i in range(engines)]
 
 
-def _with_room(settings: ServerSettings, gpus: tuple[int, ...], loaded: Loaded, margin_gb: float) -> ServerSettings:
-    """Leaves the trainer of the same GPU the memory that it will take, and `margin_gb` beside."""
+def kept_bytes(config: RunConfig) -> int:
+    """Per weight, what the trainer keeps of `TRAINED_BYTES` while servers on its GPU have their memory."""
+    offload = config.train.offload
+    if config.fleet.release != "all" or not offload:
+        return TRAINED_BYTES
+    return 0 if "optimizer" in offload else TRAINED_BYTES - GRADIENT_BYTES
+
+
+def _with_room(settings: ServerSettings, gpus: tuple[int, ...], loaded: Loaded, config: RunConfig) -> ServerSettings:
+    """Leaves the trainer of the same GPU the memory that it will take, and `fleet.margin_gb` beside."""
     if not gpus or "mem_fraction_static" in with_underscores(settings.extra):
         return settings
     free, _ = torch.cuda.mem_get_info(loaded.device)
-    kept = TRAINED_BYTES * sum(p.numel() for p in loaded.model.parameters()) + margin_gb * 2**30
+    weights = sum(p.numel() for p in loaded.model.parameters())
+    kept = kept_bytes(config) * weights + config.fleet.margin_gb * 2**30
     fraction = 1 - kept / free
     if fraction < 0.05:
         raise ValueError(

@@ -2,7 +2,9 @@
 
 Invariants. A sequence of `n` tokens has target keys for `0..n-2` and the states that the draft reads for the same
 positions: its newest token is pending. The running sequences are rows `0..B-1` of every buffer. Draft row `t` joins
-state `h_t` with token `t+1`; a block of depth `k` starts at row `n-2`, whose state proposes token `n`.
+state `h_t` with token `t+1`; a block of depth `k` starts at row `n-2`, whose state proposes token `n`. A draft with a
+layer for each depth has rows, keys and states at each: row `t` of depth `d` joins the state of row `t` of depth `d-1`
+with token `t+d`, and the last `d-1` rows of a block, whose token was only guessed, are made again in the next one.
 
 Dimensions: `B` running sequences, `q` tokens per sequence of one forward, `k` draft depth, `V` vocabulary, `H` hidden,
 `S` width of what the draft reads.
@@ -25,7 +27,7 @@ from transformers import PreTrainedModel
 from miles_spec.draft import states
 from miles_spec.draft.modules import DraftHead
 from miles_spec.kernels.attention import Attend
-from miles_spec.models import cast, check_supported, embed_weight, head_weight, trunk
+from miles_spec.models import cast, check_supported, embed_weight, head_weight, stored_tensors, trunk
 from miles_spec.rollout.kv_cache import RaggedCache
 from miles_spec.rollout.sampler import Stream, draw, filtered, uniform
 from miles_spec.rollout.sequence import Sequence as Running
@@ -227,7 +229,7 @@ class EmbeddedEngine:
 
     def _served(self) -> dict[Role, dict[str, Tensor]]:
         """The served tensors themselves, tied ones once."""
-        served: dict[Role, dict[str, Tensor]] = {"target": {n: p.data for n, p in self.model.named_parameters()}}
+        served: dict[Role, dict[str, Tensor]] = {"target": stored_tensors(self.model)}
         if self.draft is not None:
             names = self.draft.export_names
             served["draft"] = {names[n]: p.data for n, p in self.draft.named_parameters()}
@@ -251,9 +253,15 @@ class EmbeddedEngine:
         place: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
         room: dict[str, Any] = {"rows": rows, "capacity": capacity, **place}
         self._cache = RaggedCache(layers=config.num_hidden_layers, **_heads(config), **room)
-        # a draft from elsewhere may have other heads than the target
-        self._draft_cache = None if self.draft is None else RaggedCache(layers=1, **_heads(self.draft.config), **room)
-        self._states = None if self.draft is None else torch.zeros(rows, capacity, self.draft.width, **place)
+        self._draft_caches: list[RaggedCache] = []
+        self._states: list[Tensor] = []
+        if self.draft is not None:
+            depths = max(1, min(self.draft.layers, self.draft_depth))
+            # a draft from elsewhere may have other heads than the target
+            heads = _heads(self.draft.config)
+            self._draft_caches = [RaggedCache(layers=1, **heads, **room) for _ in range(depths)]
+            widths = [self.draft.width] + [self.draft.config.hidden_size] * (depths - 1)
+            self._states = [torch.zeros(rows, capacity, width, **place) for width in widths]
         self._ids = torch.zeros(rows, capacity, dtype=torch.int64, device=self._device)
         self._seeds = torch.zeros(rows, dtype=torch.int64, device=self._device)
         self._top_k = torch.zeros(rows, dtype=torch.int64, device=self._device)
@@ -262,12 +270,10 @@ class EmbeddedEngine:
 
     def _copy_row(self, source: int, targets: list[int], length: int) -> None:
         """All state of the first `length` tokens of one row to others."""
-        self._cache.copy(source, targets, length)
-        if self._draft_cache is not None:
-            self._draft_cache.copy(source, targets, length)
-        for buffer in (self._states, self._ids):
-            if buffer is not None:
-                buffer[targets, :length] = buffer[source, :length]
+        for cache in (self._cache, *self._draft_caches):
+            cache.copy(source, targets, length)
+        for buffer in (*self._states, self._ids):
+            buffer[targets, :length] = buffer[source, :length]
 
     def _retire(self, waiting: deque[Running]) -> list[Running]:
         """Takes finished sequences out, closing each hole with the last row."""
@@ -311,8 +317,8 @@ class EmbeddedEngine:
         hidden, read = states.run(
             self._trunk, self.draft, input_ids=ids, position_ids=positions, attend=attend, use_cache=False
         )
-        if self._states is not None:
-            self._states[rows, positions] = read
+        if self._states:
+            self._states[0][rows, positions] = read
         return hidden
 
     def _admit(self, sequences: list[Running]) -> None:
@@ -347,8 +353,8 @@ class EmbeddedEngine:
                     last |= dict.fromkeys(same, hidden[at, len(tokens) - 1 - start])
         if self._depth_for(len(self._running)):
             lengths = [len(t) for t in by_prompt]
-            if longest > 1:
-                self._extend(index, [0] * len(own), [n - 1 for n in lengths])
+            for depth in range(1, len(self._draft_caches) + 1 if longest > 1 else 1):
+                self._extend(depth, index, [0] * len(own), [n - 1 for n in lengths])
             for sequence in sequences:
                 sequence.draft_rows = len(sequence.request.tokens) - 1
         for tokens, same in by_prompt.items():
@@ -419,27 +425,33 @@ class EmbeddedEngine:
 
     # The draft
 
-    def _extend(self, rows: slice | Tensor, starts: list[int], stops: list[int]) -> tuple[Tensor, Tensor]:
-        """Computes draft rows `start..stop-1` of each sequence from the target's states; `[B, H]` twice: what the last
-        one has for the next depth, and for the LM head.
+    def _extend(self, depth: int, rows: slice | Tensor, starts: list[int], stops: list[int]) -> tuple[Tensor, Tensor]:
+        """Computes draft rows `start..stop-1` of each sequence at `depth`, from the states that the target or the depth
+        before has for them; `[B, H]` twice: what the last one has for the next depth, and for the LM head.
 
         Shorter ranges are padded at their end; what padding writes lies beyond their rows.
         """
-        assert self.draft is not None and self._draft_cache is not None and self._states is not None
+        assert self.draft is not None
         widest = max(b - a for a, b in zip(starts, stops, strict=True))
         width = max(1, self.chunk // len(starts))
         start = torch.tensor(starts, device=self._device)[:, None]
         last = torch.tensor(stops, device=self._device)[:, None] - 1
-        ids, read = self._ids[rows], self._states[rows]
+        ids, read = self._ids[rows], self._states[depth - 1][rows]
         size = self.draft.config.hidden_size
         ends = torch.empty(2, len(starts), size, dtype=self._dtype, device=self._device)
         for offset in range(0, widest, width):
             count = min(width, widest - offset)
-            positions = (start + offset + torch.arange(count, device=self._device)).clamp(max=ids.shape[1] - 2)
-            attend = self._draft_cache.attend(rows, positions, min(max(starts) + offset + count, ids.shape[1]))
-            embed = F.embedding(ids.gather(1, positions + 1), self._embed)
+            positions = (start + offset + torch.arange(count, device=self._device)).clamp(max=ids.shape[1] - 1 - depth)
+            cache = self._draft_caches[depth - 1]
+            attend = cache.attend(rows, positions, min(max(starts) + offset + count, ids.shape[1]))
+            embed = F.embedding(ids.gather(1, positions + depth), self._embed)
             index = positions[..., None].expand(-1, -1, read.shape[-1])
-            both = torch.stack(self.draft(embed, self.draft.enter(read.gather(1, index)), positions, attend))
+            before = read.gather(1, index)
+            if depth == 1:
+                before = self.draft.enter(before)
+            both = torch.stack(self.draft(embed, before, positions + depth - 1, attend, depth))
+            if depth < len(self._states):
+                self._states[depth][_index(rows, self._device), positions] = both[0]
             at = last - start - offset
             inside = (at >= 0) & (at < count)
             picked = both.gather(2, at.clamp(0, count - 1)[..., None].expand(2, -1, 1, size))[:, :, 0]
@@ -448,19 +460,23 @@ class EmbeddedEngine:
 
     def _propose(self, rows: slice, lengths: list[int], depth: int) -> tuple[Tensor, Tensor | None]:
         """`[B, k]` drafted tokens, and under `rejection` the `[B, k, V]` distributions they were drawn from."""
-        assert self.draft is not None and self._draft_cache is not None and self._draft_head is not None
-        state, out = self._extend(rows, [s.draft_rows for s in self._running], [n - 1 for n in lengths])
-        for sequence, n in zip(self._running, lengths, strict=True):
-            sequence.draft_rows = n - 1
+        assert self.draft is not None and self._draft_head is not None
+        layers = self.draft.layers
+        done, stops = [s.draft_rows for s in self._running], [n - 1 for n in lengths]
+        for sequence, stop in zip(self._running, stops, strict=True):
+            sequence.draft_rows = stop
         ends = torch.tensor(lengths, device=self._device)[:, None]
         tokens: list[Tensor] = []
         proposals: list[Tensor] = []
         for d in range(1, depth + 1):
-            if d > 1:
-                positions = ends - 2 + d - 1
-                attend = self._draft_cache.attend(rows, positions, max(lengths) - 2 + d)
+            if d <= layers:
+                # the last rows of the block before read tokens that were only guessed
+                state, out = self._extend(d, rows, [max(0, row - d + 1) for row in done], stops)
+            else:
+                place = ends - 2 + d - layers
+                attend = self._draft_caches[-1].attend(rows, place, max(lengths) - 1 + d - layers)
                 embed = F.embedding(tokens[-1], self._embed)
-                state, out = (x[:, 0] for x in self.draft(embed, state[:, None], positions, attend))
+                state, out = (x[:, 0] for x in self.draft(embed, state[:, None], place + layers - 1, attend, d))
             logits = out @ self._draft_head.T
             if self.rule == "rejection":
                 temperature = self._temperature[rows]
@@ -474,6 +490,8 @@ class EmbeddedEngine:
             if self.draft.vocab_ids is not None:
                 choice = self.draft.vocab_ids[choice]
             tokens.append(choice[:, None])
+            if d < min(layers, depth):
+                self._ids[rows].scatter_(1, ends + d - 1, choice[:, None])  # the next depth's rows read it
         return torch.cat(tokens, 1), torch.stack(proposals, 1) if proposals else None
 
     def _full(self, probs: Tensor) -> Tensor:
@@ -496,6 +514,11 @@ class EmbeddedEngine:
         now = self._clock()
         self._times[phase] += now - self._mark
         self._mark = now
+
+
+def _index(rows: slice | Tensor, device: torch.device) -> Tensor:
+    """`[B, 1]` int64 of `rows`."""
+    return (torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows)[:, None]
 
 
 def _heads(config: Any) -> dict[str, Any]:

@@ -44,6 +44,10 @@ class Gathered:
     """Gathers each tensor once; called once per session, of which a push may need several. A tensor has to stay as it
     is until those of its bucket are sent."""
 
+    def items(self) -> Iterable[tuple[str, Tensor]]:
+        """`tensors`, as a mapping has it."""
+        return self.tensors()
+
 
 Weights = Mapping[str, Tensor] | Gathered
 """Name to tensor. A mapping, not an iterator: names and shapes are checked before anything is sent, and a session may
@@ -72,10 +76,6 @@ def _shapes(weights: Weights) -> Mapping[str, tuple[int, ...]]:
     if isinstance(weights, Gathered):
         return weights.shapes
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}
-
-
-def _tensors(weights: Weights) -> Iterable[tuple[str, Tensor]]:
-    return weights.tensors() if isinstance(weights, Gathered) else weights.items()
 
 
 def _check(member: Member, role: Role, version: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -350,7 +350,7 @@ class Syncer:
         digester, transport = Digester(), self.transport
 
         def cast() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in _tensors(load.weights):
+            for name, tensor in load.weights.items():
                 tensor = tensor.detach().to(dtype_of(manifest[name].dtype))
                 if change is not None:
                     tensor = change(tensor)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +15,12 @@ from hypothesis import strategies as st
 
 from conftest import tiny_config, tiny_model, tiny_tokenizer
 from miles_spec import models
-from miles_spec.assemble import check_context, fresh_draft, given_draft, sampling, seed_of, vocabulary
-from miles_spec.config import DraftConfig, ModelConfig, RolloutConfig, RunConfig
+from miles_spec.assemble import Run, check_context, fresh_draft, given_draft, sampling, seed_of, vocabulary
+from miles_spec.config import DraftConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from miles_spec.draft.export import export
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import FAMILIES
+from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import Completion, Prompt, Sample, SpecCounts
 
 
@@ -151,3 +154,21 @@ def test_a_reduced_draft_is_fine_elsewhere(work: Path) -> None:
         config = configured(work, DraftConfig(path=str(work / "reduced")), **rollout)
         got = given_draft(config, models.load(config.model))
         assert got is not None and got.vocab_ids is not None and len(got.vocab_ids) == 40
+
+
+def test_weights_come_back_for_a_server_that_needs_them_in_a_rollout() -> None:
+    config = RunConfig(train=TrainConfig(offload=("weights", "optimizer", "draft")))
+    model = tiny_model()
+    draft = DraftHead.attach(model, FAMILIES["eagle"], None, torch.Generator().manual_seed(1))
+    trainer = TorchTrainer(model, draft, config, "cpu")
+    run: Any = SimpleNamespace(trainer=trainer, config=config, draft=draft, serving=None)
+    for name in ("_refresh", "_target", "draft_weights"):
+        setattr(run, name, partial(getattr(Run, name), run))
+    before = Run.weights(run)
+    kept = [{n: t.clone() for n, t in tensors.items()} for tensors in (before.target, before.draft or {})]
+    Run.sleep(run)
+    now = Run.weights(run)
+    assert [now.target.keys(), (now.draft or {}).keys()] == [k.keys() for k in kept]
+    for got, expected in zip((now.target, now.draft or {}), kept, strict=True):
+        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    assert trainer.asleep and not any(size for _, size in trainer.memory._storages()["optimizer"])

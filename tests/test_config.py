@@ -104,6 +104,19 @@ def test_good_configuration_passes() -> None:
         ({"offline__epochs": 0}, "offline.epochs is 0: give 1 or more"),
         ({"offline__steps": -1}, "offline.steps is -1: give 0 or more"),
         ({"offline__batch": 0}, "offline.batch is 0: give 1 or more"),
+        ({"draft__layers": 0}, "draft.layers is 0: give 1 to 16"),
+        ({"draft__layers": 17}, "draft.layers is 17: give 1 to 16"),
+        *(
+            (
+                {"draft__layers": 2, **others},
+                "draft.layers is 2: only a fresh draft of family nextn or mimo has a layer for each depth; set 1",
+            )
+            for others in ({}, {"draft__family": "eagle3"}, {"draft__family": "mimo", "draft__path": "draft"})
+        ),
+        (
+            {"draft__layers": 3, "draft__family": "nextn", "draft__num_steps": 2},
+            "draft.layers is 3: draft.num_steps is 2, and layers beyond it would never be used; give at most that",
+        ),
         ({"draft__num_steps": -1}, "draft.num_steps is -1: give 1 to 16"),
         ({"draft__num_steps": 17}, "draft.num_steps is 17: give 1 to 16"),
         (
@@ -133,6 +146,11 @@ def test_good_configuration_passes() -> None:
         ),
         ({"train__token_budget": 0}, "train.token_budget is 0: give 1 or more"),
         ({"train__dynamic_rounds": 0}, "train.dynamic_rounds is 0: give 1 or more"),
+        ({"train__offload": ("draft", "draft")}, "train.offload is ('draft', 'draft'): name each once"),
+        (
+            {"train__oom_retry": True, "train__ranks": 2},
+            "train.oom_retry is True: with train.ranks = 2 one rank cannot leave the others' collectives; set false",
+        ),
         *(
             (
                 {"rollout__samples_per_prompt": 1, "train__advantage": advantage},

@@ -2,16 +2,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from conftest import tiny_config
+from miles_spec.config import FleetConfig, RunConfig, TrainConfig
 from miles_spec.draft.export import export
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE, EAGLE3, MIMO, DraftSpec
 from miles_spec.rollout.sglang_args import ServerSettings
-from miles_spec.serving import drafting
+from miles_spec.serving import drafting, kept_bytes
 
 SETTINGS = ServerSettings(model_path="/m", context_length=100, max_running=4)
 IDS = torch.tensor([3, 4, 17, 60])
@@ -37,3 +39,13 @@ def test_a_server_is_told_what_the_folder_holds(
         told["token_map"] = str(tmp_path / "draft" / str(told["token_map"]))
     assert settings == replace(SETTINGS, draft_path=str(tmp_path / "draft"), **told)  # type: ignore[arg-type]
     assert (tmp_path / "draft" / "token_map.pt").exists() == bool(settings.token_map)
+
+
+@pytest.mark.parametrize(
+    ("offload", "release", "kept"),
+    [((), "all", 12), (("optimizer",), "all", 0), (("weights", "draft"), "all", 8), (("optimizer",), "kv_cache", 12)],
+)
+def test_servers_take_the_room_of_what_the_trainer_moves_away(offload: Any, release: Any, kept: int) -> None:
+    """Where they give all of it back while the trainer needs it."""
+    config = RunConfig(train=TrainConfig(offload=offload), fleet=FleetConfig(release=release))
+    assert kept_bytes(config) == kept

@@ -5,7 +5,7 @@ Invariant: whether the draft trains or not, the policy's weights after a step ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from miles_spec.types import LossTerms, PackedBatch, Role
@@ -31,6 +31,11 @@ class Trainer(Protocol):
         segment's first token), at the rollout temperature, without gradient; of the reference model on request."""
         ...
 
+    def fit_draft(self, batches: Sequence[PackedBatch]) -> None:
+        """Sets what of a fresh draft needs no gradient, from the policy's states over those of `batches` that
+        have a sampled token."""
+        ...
+
     def warm_draft(self, batches: Sequence[PackedBatch], steps: int) -> Iterator[LossTerms]:
         """`steps` optimizer steps of the draft alone, each on one of the micro-batches in turn; taken as they are asked
         for."""
@@ -51,4 +56,19 @@ class Trainer(Protocol):
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """The reverse of `state`. Raises `ValueError` naming the first tensor that is missing or misshapen."""
+        ...
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it has moved anything away with `sleep`. Only `sleep` and `wake` may be called then, and `weights` of
+        a role that is here."""
+        ...
+
+    def sleep(self, tags: Collection[str]) -> None:
+        """Moves to the host's memory what `train.offload` names and `tags` has: "weights", "optimizer", "draft" (its
+        weights, moments and frozen copy). Gradients are freed whatever the tags."""
+        ...
+
+    def wake(self, tags: Collection[str] | None = None) -> None:
+        """The reverse, bit for bit, of `tags` or of all."""
         ...

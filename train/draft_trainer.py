@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite, nan
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from miles_spec.config import RunConfig
+from miles_spec.draft.linear_fit import LinearFit
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.objective import DraftObjective, Loss, objective
+from miles_spec.models import stored_tensors
 from miles_spec.train.optimizer import AdamW
 from miles_spec.types import PackedBatch, SpecEstimate
 
@@ -112,12 +114,24 @@ class DraftTrainer:
     def tensors(self, *, frozen: bool | None = None) -> dict[str, Tensor]:
         """All that a checkpoint keeps, by its name there, not copies; with the frozen copy if there is one, or, to ask
         for names and shapes, as `frozen` says."""
-        found = {f"draft.{name}": tensor for name, tensor in tensors_of(self.draft).items()}
+        found = {f"draft.{name}": tensor for name, tensor in stored_tensors(self.draft).items()}
         found |= {f"draft_optim.{name}": tensor for name, tensor in self.optimizer.state().items()}
         if self.frozen is not None or frozen:
-            kept = tensors_of(self.draft if self.frozen is None else self.frozen)
+            kept = stored_tensors(self.draft if self.frozen is None else self.frozen)
             found |= {f"frozen.{name}": tensor for name, tensor in kept.items()}
         return found
+
+    def fit(self, embed_weight: Tensor, lessons: Iterable[tuple[PackedBatch, Teacher]]) -> None:
+        """Starts a fresh draft from the best linear function of token and state (`LinearFit`), where its family has a
+        place for one; `embed_weight` `[V, H]`, or this rank's share of it. All ranks call it, with their own
+        lessons."""
+        if self.draft.spec.joins != "projection":
+            return
+        found = LinearFit(self.draft)
+        for batch, teacher in lessons:
+            states = teacher.states.float()
+            found.add(embed_weight.detach(), states, batch.tokens, batch.layout, self.ranks.vocab)
+        found.finish(self.ranks.rows)
 
     def begin(
         self, embed_weight: Tensor, head_weight: Tensor, *, train: bool, warm: bool = False, lr_scale: float = 1.0
@@ -131,6 +145,7 @@ class DraftTrainer:
         self.optimizer.zero()
         config = self.config.draft
         lr = lr_scale * ((config.warmup_lr or config.lr) if warm else config.lr)
+        lr *= min(1.0, (self.version + 1) / max(1, config.lr_warmup_steps))
         # cast once for all micro-batches
         weights = embed_weight.detach().to(self.dtype), head_weight.detach().to(self.dtype)
         return DraftStep(self, *weights, train=train, warm=warm, lr=lr)
@@ -244,13 +259,6 @@ class DraftStep:
     def _estimate(self, which: str, estimate: SpecEstimate) -> None:
         before = self._acceptance.get(which)
         self._acceptance[which] = estimate if before is None else before + estimate
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, tied ones once, and the buffers that a checkpoint keeps; detached, not copied."""
-    kept = module.state_dict().keys()
-    buffers = {name: b for name, b in module.named_buffers() if name in kept}
-    return {name: t.detach() for name, t in [*module.named_parameters(), *buffers.items()]}
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -34,6 +34,7 @@ from miles_spec.config import RunConfig
 from miles_spec.draft.modules import DraftHead
 from miles_spec.kernels.layout import PackedLayout
 from miles_spec.kernels.logprob import LogProbs, logprob
+from miles_spec.models import stored_tensors
 from miles_spec.train import megatron_weights
 from miles_spec.train.draft_trainer import DraftStep, DraftTerms, DraftTrainer, Teacher
 from miles_spec.train.losses import policy_loss
@@ -41,6 +42,7 @@ from miles_spec.train.megatron_args import MegatronArguments
 from miles_spec.train.megatron_model import build, initialize
 from miles_spec.train.megatron_optimizer import STATES, PolicyOptimizer
 from miles_spec.train.megatron_ranks import MegatronRanks
+from miles_spec.train.memory import GRADIENTS, Memory, Sleeper, guarded, held_by
 from miles_spec.train.packing import divide
 from miles_spec.train.tally import Tally
 from miles_spec.types import LossTerms, PackedBatch, Role, SpecEstimate
@@ -69,7 +71,7 @@ class _Part:
 _Lesson = tuple[_Part, LogProbs, Teacher]
 
 
-class MegatronTrainer:
+class MegatronTrainer(Sleeper):
     """Implements `Trainer`. Without a draft it trains the policy alone; with `draft.train = false` it only estimates
     the draft's acceptance."""
 
@@ -107,8 +109,7 @@ class MegatronTrainer:
                 "pipeline_model_parallel_size = 1"
             )
         self.policy = build(model.config, self.arguments, dtype).to(self.device)
-        named = dict(model.named_parameters())
-        megatron_weights.load(self.policy, named, model.config)
+        megatron_weights.load(self.policy, stored_tensors(model), model.config)
         self.policy.requires_grad_(policy)
         if draft is not None:
             self.policy.tap(draft.aux_layers)
@@ -126,6 +127,8 @@ class MegatronTrainer:
                 module=self.policy,
             )
             self.optimizer = PolicyOptimizer(self._model, self._optimizer_config())
+            # gradients are reduced with the last micro-batch's, however many there are
+            self.policy.config.no_sync_func = self._model.no_sync
             # sums, since the losses' weights hold the global denominators already
             self.policy.config.finalize_model_grads_func = lambda model, tokens, **more: finalize_model_grads(
                 model, **more
@@ -137,6 +140,7 @@ class MegatronTrainer:
             self._draft_shapes = {name: tuple(tensor.shape) for name, tensor in owner.tensors(frozen=True).items()}
             if self.ranks.last_stage:
                 self.draft = owner
+        self.memory = Memory(config, self.device, self._held)
 
     def _optimizer_config(self) -> OptimizerConfig:
         train = self.config.train
@@ -155,6 +159,7 @@ class MegatronTrainer:
             }
         )
 
+    @guarded
     def step(self, batches: Sequence[PackedBatch]) -> LossTerms:
         """One optimizer step of policy and draft over all micro-batches of one minibatch.
 
@@ -172,10 +177,13 @@ class MegatronTrainer:
                 out = self._logprobs(part, hidden)
                 total = self._policy_loss(part, out, tally)
                 if draft is not None:
+                    self.memory.at("the draft's forward and backward")
                     draft.add(part.batch, self._teacher(part, hidden, read, out))
+                self.memory.at("the policy's backward")
                 return total, torch.ones((), dtype=torch.int, device=self.device), {}
 
             self._run(batches, work, train=True)
+        self.memory.at("the optimizer")
         warmup = min(1.0, (self.version + 1) / max(1, train.lr_warmup_steps))
         norm = self.optimizer.step(train.lr * warmup)
         if not isfinite(norm):
@@ -186,6 +194,7 @@ class MegatronTrainer:
         self.version = self.optimizer.steps
         return self._terms(tally, norm, draft)
 
+    @guarded
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch], *, reference: bool = False) -> list[Tensor]:
         """See `Trainer`; whole and in order on every rank. Raises `ValueError` if a reference is asked for and none is
@@ -209,6 +218,16 @@ class MegatronTrainer:
             dist.all_reduce(found[id(batch)])
         return [found[id(batch)] for batch in batches]
 
+    @guarded
+    def fit_draft(self, batches: Sequence[PackedBatch]) -> None:
+        """See `Trainer`. Raises `ValueError` without a draft."""
+        self._need_draft()
+        embedding = self._embedding()
+        lessons = [lesson for lesson in self._lessons(batches) if bool(lesson[0].whole.loss_mask.any())]
+        if self.draft is not None:
+            assert embedding is not None
+            self.draft.fit(embedding, ((part.batch, teacher) for part, _, teacher in lessons))
+
     def warm_draft(self, batches: Sequence[PackedBatch], steps: int) -> Iterator[LossTerms]:
         """See `Trainer`; a step is on one micro-batch, whose data-parallel rank the others wait for. The policy's
         forward runs once per micro-batch, however many steps there are; the learning rate falls linearly to 0, and the
@@ -217,6 +236,7 @@ class MegatronTrainer:
         Raises `ValueError` without a draft, or without a sampled token to learn from.
         """
         self._need_draft()
+        self.memory.need()
         taught = [batch for batch in batches if bool(batch.loss_mask.any())]
         if steps and not taught:
             raise ValueError("the draft cannot warm up: none of the responses has a token")
@@ -226,6 +246,7 @@ class MegatronTrainer:
             mine = [] if lesson is None else [lesson]
             yield self._draft_step(mine, train=True, warm=True, lr_scale=1 - step / steps)
 
+    @guarded
     def train_draft(self, batches: Sequence[PackedBatch], *, lr_scale: float = 1.0) -> LossTerms:
         """One optimizer step of the draft alone over all micro-batches, at `lr_scale` times `draft.lr` and with
         `draft.loss`; of the terms only the draft's and the entropy are filled in. Raises `ValueError` without a draft.
@@ -233,12 +254,14 @@ class MegatronTrainer:
         self._need_draft()
         return self._draft_step(self._lessons(batches), train=True, lr_scale=lr_scale)
 
+    @guarded
     def estimate_draft(self, batches: Sequence[PackedBatch]) -> LossTerms:
         """The estimates of `LossTerms.acceptance` on all micro-batches, and the entropy. Raises `ValueError` without a
         draft."""
         self._need_draft()
         return self._draft_step(self._lessons(batches), train=False)
 
+    @guarded
     def freeze_draft(self) -> None:
         """Keeps a copy of the draft as it is now. Raises `ValueError` without a draft."""
         self._need_draft()
@@ -248,6 +271,7 @@ class MegatronTrainer:
     def weights(self, role: Role) -> Iterator[tuple[str, Tensor]]:
         """See `Trainer`: gathered one at a time, in the dtype of forward passes; on ranks but the first the tensors are
         empty. Raises `ValueError` for `draft` without a draft."""
+        self.memory.need("weights" if role == "target" else "draft")
         nothing = torch.empty(0, dtype=self.dtype, device=self.device)
         if role == "target":
             for name, tensor in megatron_weights.export(self.policy, self.hf_config):
@@ -261,6 +285,7 @@ class MegatronTrainer:
             tensors = [(names[name], p.detach()) for name, p in self.draft.draft.named_parameters()]
         yield from self.ranks.from_speaker(tensors, self.device)
 
+    @guarded
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """See `Trainer`: whole tensors under the names that `TorchTrainer` gives them, so that a run may go on with
         another layout or backend. Gathered one at a time into the host's memory of rank 0; other ranks get none."""
@@ -269,7 +294,8 @@ class MegatronTrainer:
             for state in STATES:
                 # all ranks that share a parameter gather it, though not all of them send it on
                 whole = {p: self.optimizer.values(p, state) for p in self.policy.parameters()}
-                for name, tensor in megatron_weights.export_values(self.policy, whole.__getitem__):
+                buffers = state == "param"  # which have no moments
+                for name, tensor in megatron_weights.export_values(self.policy, whole.__getitem__, buffers=buffers):
                     if tensor is not None:
                         tensors[_named(name, state)] = tensor.cpu()
         values: dict[str, Any] = {"version": self.version}
@@ -292,6 +318,7 @@ class MegatronTrainer:
         tensors["random.cpu"] = torch.get_rng_state()
         return (tensors if dist.get_rank() == 0 else {}), values
 
+    @guarded
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """See `Trainer`; all ranks are given all tensors. Also raises for a tensor that this run has no place for; no
         weight has changed when it raises."""
@@ -315,9 +342,11 @@ class MegatronTrainer:
         self.version = values["version"]
         if self.optimizer is not None:
             for state in STATES:
-                part = {name: tensors[_named(name, state)] for name in megatron_weights.metas(self.hf_config)}
+                buffers = state == "param"
+                names = megatron_weights.metas(self.hf_config, buffers=buffers)
+                part = {name: tensors[_named(name, state)] for name in names}
                 whole = {p: torch.empty_like(p, dtype=torch.float32) for p in self.policy.parameters()}
-                megatron_weights.load(self.policy, part, self.hf_config, whole.__getitem__)
+                megatron_weights.load(self.policy, part, self.hf_config, whole.__getitem__, buffers=buffers)
                 for parameter, value in whole.items():
                     self.optimizer.set_values(parameter, state, value)
             self.optimizer.set_steps(self.version)
@@ -333,12 +362,24 @@ class MegatronTrainer:
             self.draft.warm_steps = values["draft_warm_steps"]
         torch.set_rng_state(tensors["random.cpu"].cpu())
 
+    def _held(self) -> dict[str, list[Tensor]]:
+        """The large tensors; see `Memory`."""
+        drafted = [] if self.draft is None else list(self.draft.draft.parameters())
+        grads = [p.grad for p in drafted if p.grad is not None]
+        moments: list[Tensor] = []
+        if self.optimizer is not None:
+            grads += self.optimizer.gradients()
+            moments = self.optimizer.tensors()
+        weights = list(self.policy.parameters())
+        return {"weights": weights, GRADIENTS: grads, "optimizer": moments, "draft": held_by(self.draft)}
+
     def _wanted(self, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Names and shapes of a checkpoint of this run."""
         wanted: dict[str, tuple[int, ...]] = {"random.cpu": tuple(torch.get_rng_state().shape)}
         if self.optimizer is not None:
-            for name, shape in megatron_weights.metas(self.hf_config).items():
-                wanted |= {_named(name, state): tuple(shape) for state in STATES}
+            for state in STATES:
+                shapes = megatron_weights.metas(self.hf_config, buffers=state == "param")
+                wanted |= {_named(name, state): shape for name, shape in shapes.items()}
         if self.has_draft:
             wanted |= self._draft_shapes
             if values.get("draft_frozen_version") is None:
@@ -411,6 +452,7 @@ class MegatronTrainer:
 
         def forward(parts: Iterator[_Part], model: Any) -> tuple[Tensor, Callable[..., Any]]:
             part = next(parts)
+            self.memory.at("the policy's forward" if train else "log-probabilities", len(part.batch.tokens))
             output = model(part.batch.tokens, part.batch.layout)
             read = self.policy.tapped(part.batch.layout)
 
@@ -477,6 +519,7 @@ class MegatronTrainer:
         self._run(batches, work)
         return found
 
+    @guarded
     def _draft_step(
         self,
         lessons: Sequence[_Lesson],
@@ -488,6 +531,7 @@ class MegatronTrainer:
         draft = self._begin(train=train, warm=warm, lr_scale=lr_scale)
         tally = Tally(self.device)
         for part, out, teacher in lessons:
+            self.memory.at("the draft's forward and backward", len(part.batch.tokens))
             tally.add(out)
             if draft is not None:
                 draft.add(part.batch, teacher)

@@ -43,8 +43,19 @@ class PolicyOptimizer:
             for group in part.optimizer.param_groups:
                 yield from ((shard, part.optimizer.state[shard]) for shard in group["params"])
 
+    def gradients(self) -> list[Tensor]:
+        """The buffers that gradients are added up in."""
+        return [buffer.grad_data for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers)]
+
+    def tensors(self) -> list[Tensor]:
+        """This rank's shards of weights, in float32 the model's own memory, and of moments."""
+        return [t for shard, state in self._shards() for t in (shard, *(state[name] for name in STATES[1:]))]
+
     def zero(self) -> None:
         """Forgets gradients, also those that a step that raised left behind."""
+        for group in (*self.model.bucket_groups, *self.model.expert_parallel_bucket_groups):
+            if len(group.per_param_grad_ready_counts) < len(group.params):  # cut off in its last backward
+                group.per_param_grad_ready_counts = {}
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
 

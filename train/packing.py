@@ -9,6 +9,7 @@ Dimensions: `T` tokens of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from typing import Literal
 
@@ -59,6 +60,21 @@ def pack(
         bins = _first_fit([_length(s) for s, _ in part], token_budget)
         out.append([_batch([part[i] for i in members], weight, device) for members in bins])
     return out
+
+
+def repack(batches: Sequence[PackedBatch], token_budget: int) -> list[PackedBatch]:
+    """The same segments in micro-batches of at most `token_budget` tokens, where a longer one travels alone; all that
+    belongs to a token goes with it."""
+    names = [f.name for f in fields(PackedBatch) if f.name != "layout" and getattr(batches[0], f.name) is not None]
+    parts = {name: [p for b in batches for p in getattr(b, name).split(b.layout.lengths)] for name in names}
+    lengths = [len(part) for part in parts["tokens"]]
+    return [
+        PackedBatch(
+            layout=PackedLayout.make([lengths[i] for i in members], batches[0].tokens.device),
+            **{name: torch.cat([parts[name][i] for i in members]) for name in names},
+        )
+        for members in _first_fit(lengths, token_budget)
+    ]
 
 
 def divide(batches: Sequence[PackedBatch], ranks: int) -> list[list[PackedBatch]]:

@@ -19,7 +19,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
@@ -290,6 +290,10 @@ class Leader:
         """See `Trainer`."""
         return self._call("logprobs", batches, reference=reference)
 
+    def fit_draft(self, batches: Sequence[PackedBatch]) -> None:
+        """See `Trainer`."""
+        self._call("fit_draft", batches)
+
     def warm_draft(self, batches: Sequence[PackedBatch], steps: int) -> Iterator[LossTerms]:
         """See `Trainer`."""
         return self._stream("warm_draft", batches, steps)
@@ -317,6 +321,19 @@ class Leader:
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """See `Trainer`. Every follower holds all of `tensors` while it takes its part."""
         self._call("load_state", tensors, values)
+
+    @property
+    def asleep(self) -> bool:
+        """See `Trainer`."""
+        return self._trainer.asleep
+
+    def sleep(self, tags: Collection[str]) -> None:
+        """See `Trainer`."""
+        self._call("sleep", list(tags))
+
+    def wake(self, tags: Collection[str] | None = None) -> None:
+        """See `Trainer`."""
+        self._call("wake", None if tags is None else list(tags))
 
     def empty_cache(self) -> None:
         """Gives memory of all ranks' GPUs that holds nothing back to others there."""

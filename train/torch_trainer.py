@@ -32,7 +32,7 @@ from miles_spec.draft import states
 from miles_spec.draft.modules import DraftHead
 from miles_spec.kernels.attention import PackedAttention
 from miles_spec.kernels.logprob import LogProbs, logprob
-from miles_spec.models import cast, embed_weight, head_weight, trunk
+from miles_spec.models import cast, embed_weight, head_weight, stored_tensors, trunk
 from miles_spec.train import fsdp
 from miles_spec.train.draft_trainer import (
     DraftRanks,
@@ -41,9 +41,9 @@ from miles_spec.train.draft_trainer import (
     DraftTrainer,
     Teacher,
     autocast,
-    tensors_of,
 )
 from miles_spec.train.losses import policy_loss
+from miles_spec.train.memory import GRADIENTS, Memory, Sleeper, guarded, held_by
 from miles_spec.train.optimizer import AdamW
 from miles_spec.train.packing import divide
 from miles_spec.train.tally import Tally
@@ -52,7 +52,7 @@ from miles_spec.types import LossTerms, PackedBatch, Role
 _Lesson = tuple[PackedBatch, LogProbs, Teacher]
 
 
-class TorchTrainer:
+class TorchTrainer(Sleeper):
     """Implements `Trainer`. Without a draft it trains the policy alone; with `draft.train = false` it only estimates
     the draft's acceptance."""
 
@@ -110,7 +110,9 @@ class TorchTrainer:
             )
         ranks = DraftRanks(rows=self.group, packs=self.group)
         self.draft = None if draft is None else DraftTrainer(draft, config, self.device, dtype, ranks)
+        self.memory = Memory(config, self.device, self._held)
 
+    @guarded
     def step(self, batches: Sequence[PackedBatch]) -> LossTerms:
         """One optimizer step of policy and draft over all micro-batches of one minibatch.
 
@@ -128,6 +130,7 @@ class TorchTrainer:
         self.optimizer.zero()
         tally = Tally(self.device)
         for batch, tokens in self._sampled(batches):
+            self.memory.at("the policy's forward", len(batch.tokens))
             hidden, read, out = self._forward(self.model, self._head, batch, tokens)
             loss = policy_loss(
                 out.logprob,
@@ -141,10 +144,13 @@ class TorchTrainer:
                 kl_coef=train.kl_coef,
             )
             total = (batch.weights[tokens] * loss.losses).sum()
+            self.memory.at("the policy's backward")
             total.backward()
             tally.add(out, total.detach(), loss)
             if draft is not None and len(tokens):
+                self.memory.at("the draft's forward and backward")
                 draft.add(batch, _teacher(hidden, read, out, tokens))
+        self.memory.at("the optimizer")
         warmup = min(1.0, (self.version + 1) / max(1, train.lr_warmup_steps))
         norm = self.optimizer.step(train.lr * warmup)
         if not isfinite(norm):
@@ -155,6 +161,7 @@ class TorchTrainer:
         self.version = self.optimizer.steps
         return self._terms(tally, norm, draft)
 
+    @guarded
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch], *, reference: bool = False) -> list[Tensor]:
         """See `Trainer`; the same on every rank. Raises `ValueError` if a reference is asked for and none is kept."""
@@ -165,6 +172,7 @@ class TorchTrainer:
         once = {id(batch): batch for batch in batches}
         for batch in self._share(list(once.values())):
             tokens = batch.layout.positions.nonzero().squeeze(1)
+            self.memory.at("log-probabilities", len(batch.tokens))
             _, _, out = self._forward(model, None, batch, tokens)
             found[id(batch)] = _scatter(out.logprob, tokens, batch.layout.tokens)
         if self.group is not None:
@@ -176,6 +184,14 @@ class TorchTrainer:
             found = dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
         return [found[id(batch)] for batch in batches]
 
+    @guarded
+    def fit_draft(self, batches: Sequence[PackedBatch]) -> None:
+        """See `Trainer`. Raises `ValueError` without a draft."""
+        if self.draft is None:
+            raise ValueError("there is no draft to fit; set draft.enabled")
+        embed, _ = self._vocabulary()
+        self.draft.fit(embed, ((batch, teacher) for batch, _, teacher in self._taught(batches)))
+
     def warm_draft(self, batches: Sequence[PackedBatch], steps: int) -> Iterator[LossTerms]:
         """See `Trainer`. The policy's forward runs once per micro-batch, however many steps there are; the learning
         rate falls linearly to 0, the loss is KL whatever `draft.loss` is, and the terms are as in `train_draft`. A step
@@ -183,6 +199,7 @@ class TorchTrainer:
 
         Raises `ValueError` without a draft, or without a sampled token to learn from.
         """
+        self.memory.need()
         lessons = {id(lesson[0]): lesson for lesson in self._taught(batches)}
         turns = [id(batch) for batch in batches if batch.loss_mask.any()]
         if steps and not turns:
@@ -192,17 +209,20 @@ class TorchTrainer:
             lr_scale = 1 - step / steps
             yield self._draft_step([] if mine is None else [mine], train=True, warm=True, lr_scale=lr_scale)
 
+    @guarded
     def train_draft(self, batches: Sequence[PackedBatch], *, lr_scale: float = 1.0) -> LossTerms:
         """One optimizer step of the draft alone over all micro-batches, at `lr_scale` times `draft.lr` and with
         `draft.loss`; of the terms only the draft's and the entropy are filled in. Raises `ValueError` without a draft.
         """
         return self._draft_step(self._taught(batches), train=True, lr_scale=lr_scale)
 
+    @guarded
     def estimate_draft(self, batches: Sequence[PackedBatch]) -> LossTerms:
         """The estimates of `LossTerms.acceptance` on all micro-batches, and the entropy. Raises `ValueError` without a
         draft."""
         return self._draft_step(self._taught(batches), train=False)
 
+    @guarded
     def freeze_draft(self) -> None:
         """Keeps a copy of the draft as it is now. Raises `ValueError` without a draft."""
         if self.draft is None:
@@ -214,8 +234,9 @@ class TorchTrainer:
 
         On several ranks all ask for one tensor after the other together, and each gets copies of the whole target.
         """
+        self.memory.need("weights" if role == "target" else "draft")
         if role == "target":
-            for name, tensor in tensors_of(self.model).items():
+            for name, tensor in stored_tensors(self.model).items():
                 yield name, fsdp.full(tensor)
             return
         if self.draft is None:
@@ -224,6 +245,7 @@ class TorchTrainer:
         for name, parameter in self.draft.draft.named_parameters():
             yield names[name], parameter.detach()
 
+    @guarded
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """See `Trainer`. Tensors are the trainer's own, not copies: write them out before the next step.
 
@@ -246,6 +268,7 @@ class TorchTrainer:
         gathered = ((name, fsdp.full(tensor)) for name, tensor in tensors.items())
         return {name: whole.cpu() for name, whole in gathered if leads}, values
 
+    @guarded
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """See `Trainer`. Also raises for a tensor that this run has no place for, such as a draft's in a run without,
         and for a draft over another vocabulary; no weight has changed when it raises. The random state of a GPU is
@@ -280,12 +303,21 @@ class TorchTrainer:
         if self.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"].cpu(), self.device)
 
+    def _held(self) -> dict[str, list[Tensor]]:
+        """The large tensors; see `Memory`."""
+        models = [self.model, *([] if self.reference is None else [self.reference])]
+        weights = [p for model in models for p in model.parameters()]
+        moments = [] if self.optimizer is None else list(self.optimizer.state().values())
+        drafted = [] if self.draft is None else list(self.draft.draft.parameters())
+        grads = [p.grad for p in [*weights, *drafted] if p.grad is not None]
+        return {"weights": weights, GRADIENTS: grads, "optimizer": moments, "draft": held_by(self.draft)}
+
     def _owned(self) -> dict[str, Tensor]:
         """Every tensor of the state that has a fixed place in memory, or this rank's share of it, by its name in a
         checkpoint."""
         parts: dict[str, dict[str, Tensor]] = {}
         if self.optimizer is not None:
-            parts = {"policy": tensors_of(self.model), "policy_optim": self.optimizer.state()}
+            parts = {"policy": stored_tensors(self.model), "policy_optim": self.optimizer.state()}
         owned = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
         return owned if self.draft is None else owned | self.draft.tensors()
 
@@ -307,11 +339,13 @@ class TorchTrainer:
         """What the draft learns from this rank's micro-batches that have a sampled token, without a gradient of the
         policy."""
         for batch, tokens in self._sampled(batches):
+            self.memory.at("the policy's forward", len(batch.tokens))
             with torch.no_grad():
                 hidden, read, out = self._forward(self.model, self._head, batch, tokens)
             if len(tokens):
                 yield batch, out, _teacher(hidden, read, out, tokens)
 
+    @guarded
     def _draft_step(
         self, lessons: Iterable[_Lesson], *, train: bool, warm: bool = False, lr_scale: float = 1.0
     ) -> LossTerms:
@@ -320,6 +354,7 @@ class TorchTrainer:
         draft = self.draft.begin(*self._vocabulary(), train=train, warm=warm, lr_scale=lr_scale)
         tally = Tally(self.device)
         for batch, out, teacher in lessons:
+            self.memory.at("the draft's forward and backward", len(batch.tokens))
             tally.add(out)
             draft.add(batch, teacher)
         return self._terms(tally, 0.0, draft)

@@ -18,14 +18,16 @@ from torch import Tensor
 
 from e2e.conftest import Configure, Said, lines
 from fakes import flip_bit
-from miles_spec import checkpoint, cli, rundir
+from miles_spec import assemble, checkpoint, cli, rundir
 from miles_spec.checkpoint import load_latest, steps
 from miles_spec.config import RunConfig
 from miles_spec.loop import train
 from miles_spec.rollout.embedded import EmbeddedEngine
+from miles_spec.train import memory
+from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import Role
 
-TIMES = ("time_s", "seconds_", "tokens_per_s", "net_speedup", "draft_share", "rollout_seconds_")
+TIMES = ("time_s", "host_gib_peak", "seconds_", "tokens_per_s", "net_speedup", "draft_share", "rollout_seconds_")
 HARD: dict[str, Any] = dict(
     train__dynamic_sampling=True, train__minibatches=2, train__kl_coef=0.1, draft__vocab_size=64, draft__warmup_steps=2,
     reward__kind="e2e_rewards:even",
@@ -285,3 +287,98 @@ def test_a_flipped_bit_in_the_draft_costs_only_speculation(
     # the same responses, if not always by the same way
     tokens = [[s["tokens"] for s in lines(out, "samples.jsonl")] for out in (tmp_path, Path(finished.out))]
     assert tokens[0] == tokens[1]
+
+
+def test_a_trainer_that_sleeps_changes_nothing(
+    configure: Configure, rewards: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While responses are made all of it is in the host's memory, the optimizer also while weights are pushed; an error
+    meanwhile loses nothing."""
+    away: dict[str, set[str]] = {}
+    generate, load, make = EmbeddedEngine.generate, EmbeddedEngine.load_weights, assemble.make_trainer
+    trainers: list[Any] = []
+
+    def made(*args: Any) -> Any:
+        trainers.append(make(*args))
+        for p in trainers[-1].model.parameters():
+            # products round by where their factors lie in a cache line, and in a file that is anywhere
+            p.data = p.data.clone()
+        return trainers[-1]
+
+    def note(call: str) -> None:
+        here = {tag for tag, found in trainers[-1].memory._storages().items() if found}
+        away.setdefault(call, set()).update({"weights", "optimizer", "draft"} - here)
+
+    def generates(self: EmbeddedEngine, *args: Any) -> Any:
+        if trainers:
+            note("generate")
+        return generate(self, *args)
+
+    def loads(self: EmbeddedEngine, *args: Any) -> None:
+        note("load")
+        load(self, *args)
+
+    monkeypatch.setattr(assemble, "make_trainer", made)
+    train(configure(tmp_path / "awake"))
+    trainers.clear()
+    monkeypatch.setattr(EmbeddedEngine, "generate", generates)
+    monkeypatch.setattr(EmbeddedEngine, "load_weights", loads)
+    rewards.calls, rewards.fault = 0, lambda call: 1 / 0 if call == 2 * 16 + 5 else None
+    asleep = configure(tmp_path / "asleep", train__offload=("weights", "optimizer", "draft"), checkpoint__every=3)
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        train(asleep)
+    assert steps(tmp_path / "asleep") == [2]
+    trainers.clear()
+    rewards.fault = None
+    train(asleep)
+    assert steps(tmp_path / "asleep") == [3, 4]
+    assert away == {"generate": {"weights", "optimizer", "draft"}, "load": {"optimizer"}}
+    assert_same_run(tmp_path / "awake", tmp_path / "asleep")
+
+
+@pytest.mark.parametrize(("name", "at"), [("_forward", 4), ("logprobs", 2)])
+def test_a_run_that_is_out_of_memory_once_goes_on(
+    configure: Configure, rewards: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, at: int
+) -> None:
+    """As one that is packed at half the budget from that step on, which here is the second, but for rounding."""
+    settings: dict[str, Any] = dict(steps=2, draft__warmup_steps=0, train__minibatches=2, train__token_budget=128)
+    train(configure(tmp_path / "small", **{**settings, "steps": 1}))
+    train(configure(tmp_path / "small", **settings | {"train__token_budget": 64}))
+    real, calls = getattr(TorchTrainer, name), 0
+
+    def failing(self: TorchTrainer, *args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += self.version == 2  # after the first step
+        if self.version == 2 and calls == at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchTrainer, name, memory.guarded(failing) if name == "logprobs" else failing)
+        train(configure(tmp_path / "retried", **settings, train__oom_retry=True))
+    assert [row["token_budget"] for row in lines(tmp_path / "retried")] == [128, 64]
+    assert "The run goes on with train.token_budget = 64" in (tmp_path / "retried" / "run.log").read_text()
+    (got, values), (expected, others) = state(tmp_path / "retried"), state(tmp_path / "small")
+    assert values == others and got.keys() == expected.keys()
+    for part in ("policy.", "policy_optim.", "draft.", "draft_optim."):
+        names = [n for n in got if n.startswith(part)]
+        scale = max(float(expected[n].abs().max()) for n in names)
+        assert max(float((got[n].double() - expected[n].double()).abs().max()) for n in names) < 1e-5 * scale
+
+
+def test_a_run_that_is_out_of_memory_says_so(
+    run_file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], Said]
+) -> None:
+    real = TorchTrainer._forward
+
+    def failing(self: TorchTrainer, *args: Any) -> Any:
+        if self.version == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *args)
+
+    path = run_file(train__oom_retry=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchTrainer, "_forward", failing)
+        assert cli.main(["train", path]) == 2
+    assert said().splitlines()[-1].startswith("out of memory in the policy's forward, with a micro-batch of ")
+    assert steps(tmp_path / "out") == [1]

@@ -75,13 +75,13 @@ def test_a_whole_run_whose_server_is_killed(work: Path, tmp_path: Path, monkeypa
     """Between two rollouts, while the trainer works: the next rollout waits for the server and pushes to it first."""
     real, steps = loop.optimize, []
 
-    def optimize(run: Run, groups: object) -> object:
+    def optimize(run: Run, *rest: object) -> object:
         steps.append(1)
         if len(steps) == 2:
             (server,) = run.engine.members()
             assert isinstance(server, SGLangServer) and server._process is not None
             os.killpg(server._process.pid, signal.SIGKILL)
-        return real(run, groups)  # type: ignore[arg-type]
+        return real(run, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "optimize", optimize)
     train(config(work, tmp_path / "run"))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miles_spec.train.packing import divide, pack
+from miles_spec.train.packing import divide, pack, repack
 from miles_spec.types import PackedBatch
 from oracles.policy import aggregate
 from oracles.samples import random_samples, sample
@@ -111,3 +111,19 @@ def test_ranks_get_packs_of_like_size() -> None:
     [batches] = pack(samples, [1.0] * 6, **{**DEFAULTS, "token_budget": 1})
     for order in (batches, batches[::-1]):
         assert [[b.layout.tokens for b in share] for share in divide(order, 2)] == [[10, 7, 6], [9, 8, 5]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=LENGTHS.filter(bool), before=st.integers(1, 30), after=st.integers(1, 30))
+def test_packing_again_moves_whole_segments(lengths: list[tuple[int, int]], before: int, after: int) -> None:
+    """With all that belongs to their tokens."""
+    samples = random_samples(lengths)
+    [packed] = pack(samples, [float(i) for i in range(len(samples))], **{**DEFAULTS, "token_budget": before})
+    scored = [replace(b, old_logprobs=b.tokens.float(), ref_logprobs=b.tokens * 2.0) for b in packed]
+    again = repack(scored, after)
+    assert all(b.layout.tokens <= after or len(b.layout.lengths) == 1 for b in again)
+    assert sorted(s for b in again for s in segments(b)) == sorted(s for b in packed for s in segments(b))
+    for batch in again:
+        assert torch.equal(batch.old_logprobs, batch.tokens.float())
+        assert torch.equal(batch.ref_logprobs, batch.tokens * 2.0)
+    assert repack(packed, after)[0].old_logprobs is None

@@ -66,6 +66,12 @@ class Fake:
     def freeze_draft(self) -> None:
         self.heard.append("freeze_draft")
 
+    def sleep(self, tags: Any) -> None:
+        self.heard.append(["sleep", tags])
+
+    def wake(self, tags: Any) -> None:
+        self.heard.append(["wake", tags])
+
     def weights(self, role: str) -> Iterator[tuple[str, Tensor]]:
         try:
             for i in range(3):
@@ -230,12 +236,14 @@ def test_all_ranks_make_the_same_calls(pair: Callable[[Play], Pair]) -> None:
         assert tensors["rank"].item() == 0 and values == {"version": 2}
         odd = {"a": torch.tensor(3), "b": torch.rand(4, 6)[:, ::2], "c": torch.tensor([True]), "d": torch.empty(0)}
         leader.load_state(odd, {"version": 7, "x": [1, None, 0.1, {"y": "ö"}], "z": {}})
+        leader.sleep(("optimizer",))
+        leader.wake()
         leader.empty_cache()
         assert (leader.version, leader.draft_version, leader.model, leader.draft) == (2, 2, "model", None)
 
     both = pair(play)
     _, heard = both.told(0)
-    assert both.told(1) == heard and len(heard) == 15
+    assert both.told(1) == heard and len(heard) == 17 and heard[-2:] == [["sleep", ["optimizer"]], ["wake", None]]
     assert [both.status(rank, 5) for rank in (0, 1)] == [0, 0]
 
 
