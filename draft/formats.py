@@ -36,16 +36,17 @@ DRAFTS = {architecture: FAMILIES[family] for (family, _), architecture in ARCHIT
 """SGLang's class of a draft to its family."""
 
 MODELS = {
-    "DeepseekV3ForCausalLM": (NEXTN, "model.layers.{layers}."),
-    "Glm4MoeForCausalLM": (NEXTN, "model.layers.{layers}."),
-    "MiMoForCausalLM": (MIMO, "model.mtp_layers.0."),
-    "Qwen2ForCausalLM": (MIMO, "model.mtp_layers.0."),
+    "DeepseekV3ForCausalLM": (NEXTN, "model.layers.{layer}."),
+    "Glm4MoeForCausalLM": (NEXTN, "model.layers.{layer}."),
+    "MiMoForCausalLM": (MIMO, "model.mtp_layers.{at}."),
+    "Qwen2ForCausalLM": (MIMO, "model.mtp_layers.{at}."),
     "Qwen3MoeForCausalLM": (QWEN_MTP, "mtp."),
     "Qwen3NextForCausalLM": (QWEN_MTP, "mtp."),
 }
-"""Class of a model to the family of the MTP layer that lies in its checkpoints, and to the prefix of its tensors."""
+"""Class of a model to the family of the MTP layers that lie in its checkpoints, and to the prefix of the tensors of
+each: `at` counts MTP layers from 0, `layer` goes on from the model's."""
 
-INSIDE = {NEXTN.family: "model.layers.0.", MIMO.family: "model.mtp_layers.0.", QWEN_MTP.family: "mtp."}
+INSIDE = {NEXTN.family: "model.layers.{at}.", MIMO.family: "model.mtp_layers.{at}.", QWEN_MTP.family: "mtp."}
 """Family to the prefix of its tensors in a folder of their own."""
 
 SPECULATORS = {"eagle": EAGLE, "eagle3": EAGLE3}
@@ -105,6 +106,8 @@ class Found:
     architectures: tuple[str, ...]
     layer: PretrainedConfig
     """Of its decoder layer; for MTP layers inside a model, the model's."""
+    layers: int
+    """How many depths have a layer of their own."""
     hidden_size: int
     vocab_size: int
     drafted: int | None
@@ -225,16 +228,22 @@ def _speculators(folder: Path, values: dict[str, Any], stored: dict[str, Stored]
 
 
 def _inside(folder: Path, values: dict[str, Any], stored: dict[str, Stored], spec: DraftSpec, prefix: str) -> Found:
-    """The MTP layer in a model's own folder."""
+    """The MTP layers in a model's own folder."""
     layers = int(values.get("num_hidden_layers", 0))
-    prefix = prefix.format(layers=layers)
-    own = {INSIDE[spec.family] + n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
+    count = _count(values, spec) if spec.layered else 1
+    own: dict[str, Stored] = {}
+    for at in range(count):
+        theirs, ours = (x.format(at=at, layer=layers + at) for x in (prefix, INSIDE[spec.family]))
+        own |= {ours + n.removeprefix(theirs): t for n, t in stored.items() if n.startswith(theirs)}
     if not own:
-        raise ValueError(f"no tensor is called {prefix}*: this {values['architectures'][0]} has no MTP layer inside")
-    following = re.compile(r"model\.mtp_layers\.[1-9]|mtp\.layers\.[1-9]" + rf"|model\.layers\.{layers + 1}\.")
-    if more := sorted(name for name in stored if following.match(name)):
-        raise ValueError(f"{more[0]!r} is of a second MTP layer; drafts of one are known")
-    values = {**values, "num_nextn_predict_layers": 1}
+        first = prefix.format(at=0, layer=layers)
+        raise ValueError(f"no tensor is called {first}*: this {values['architectures'][0]} has no MTP layer inside")
+    for name in sorted(stored):
+        numbered = re.match(r"(model\.layers|model\.mtp_layers|mtp\.layers)\.(\d+)\.", name)
+        if numbered and (at := int(numbered[2]) - (layers if numbered[1] == "model.layers" else 0)) >= count:
+            many = f"num_nextn_predict_layers is {count}" if spec.layered else "drafts of one are known"
+            raise ValueError(f"{name!r} is of MTP layer {at + 1}, and {many}")
+    values = {**values, "num_nextn_predict_layers": count}
     if values.get("model_type") == "mimo":  # which transformers does not know, and whose layers are Qwen2's
         values["model_type"] = "qwen2"
     return _found(folder, "model", spec, values, own, layers=layers)
@@ -256,8 +265,7 @@ def _found(
         raise ValueError("quantization_config is set: quantised drafts are not read")
     if (there := values.get("num_hidden_layers", 1)) != layers:
         raise ValueError(f"num_hidden_layers is {there}: drafts of one layer are known")
-    if (count := values.get("num_nextn_predict_layers") or 1) != 1:
-        raise ValueError(f"num_nextn_predict_layers is {count}: drafts of one are known")
+    count = _count(values, spec)
     layer = _layer(values, spec)
     if spec.layer != "target" and (spec.family, layer.model_type) not in ARCHITECTURES:
         raise ValueError(f"model_type is {layer.model_type!r}: no {spec.family} draft has such a layer")
@@ -291,6 +299,7 @@ def _found(
         spec=spec,
         architectures=tuple(values.get("architectures") or ()),
         layer=layer,
+        layers=count,
         hidden_size=layer.hidden_size,
         vocab_size=layer.vocab_size,
         drafted=drafted,
@@ -303,6 +312,15 @@ def _found(
         target_head=spec.own_head and "draft_vocab_size" in values and drafted is None,
         origin=origin,
     )
+
+
+def _count(values: Mapping[str, Any], spec: DraftSpec) -> int:
+    """How many layers a draft has; one where the configuration is silent."""
+    count = values.get("num_nextn_predict_layers") or 1
+    if type(count) is not int or count < 1 or (count > 1 and not spec.layered):
+        known = "a number from 1 on is" if spec.layered else "drafts of one are"
+        raise ValueError(f"num_nextn_predict_layers is {count}: {known} known")
+    return count
 
 
 def _layer(values: Mapping[str, Any], spec: DraftSpec) -> PretrainedConfig:

@@ -42,13 +42,13 @@ def fill(head: DraftHead, target_model: PreTrainedModel, generator: torch.Genera
 
     last = trunk.layers[-1]
     theirs = last.state_dict()
-    for name, own in head.layer.state_dict().items():
+    for layer, name, own in ((part.layer, *named) for part in head.parts for named in part.layer.state_dict().items()):
         weight = theirs.get(name)
         if own.dim() == 1 and "norm" in name:
             module = name.removesuffix(".weight")
             fits = weight is not None and weight.shape == own.shape
             factor = _factor(last.get_submodule(module)) if fits else torch.ones(len(own))
-            _set(head.layer.get_submodule(module), factor)
+            _set(layer.get_submodule(module), factor)
         elif weight is not None and weight.shape == own.shape:
             own.copy_(weight)
         elif weight is not None and own.dim() == 2 and own.shape == (weight.shape[0], 2 * weight.shape[1]):
@@ -59,9 +59,11 @@ def fill(head: DraftHead, target_model: PreTrainedModel, generator: torch.Genera
         if name.endswith(OUTPUTS):
             own.mul_(QUIET)
     _fill_norms(head, trunk)
-    head.fc.weight.copy_(_mix(head, target_model) + noise(head.fc.weight, NOISE))
-    if spec.fc_bias:
-        head.fc.bias.zero_()
+    mix = _mix(head, target_model)
+    for part in head.parts:
+        part.fc.weight.copy_(mix + noise(mix, NOISE))
+        if spec.fc_bias:
+            part.fc.bias.zero_()
     if head.lm_head is not None:
         head.lm_head.weight.copy_(head.target_rows(target_model.get_output_embeddings().weight.cpu()))
 
@@ -73,7 +75,7 @@ OUTPUTS = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias",
 def _fill_norms(head: DraftHead, trunk: Any) -> None:
     spec = head.spec
     if spec.part_norms:
-        for norm in (head.embed_norm, head.hidden_norm):
+        for norm in (norm for part in head.parts for norm in (part.embed_norm, part.hidden_norm)):
             _set(norm, torch.ones(head.config.hidden_size))
     before = getattr(trunk.layers[-1], "input_layernorm", None)  # few targets have none
     if spec.joins == "attention" and before is not None:
@@ -84,7 +86,8 @@ def _fill_norms(head: DraftHead, trunk: Any) -> None:
         if spec.reads == "post_norm":
             # those states have been through it: as large as it makes them is all that is wanted
             factor = factor.square().mean().sqrt().expand_as(factor)
-        _set(head.norm, factor)
+        for part in head.parts:
+            _set(part.norm, factor)
 
 
 def _factor(norm: Any) -> Tensor:

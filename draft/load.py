@@ -47,7 +47,7 @@ def _load(found: Found, model: PreTrainedModel, tokenizer: Any) -> DraftHead:
     if spec.reads == "aux":
         aux = silent_aux_layers(config.num_hidden_layers) if found.aux_layers is None else found.aux_layers
     own = config if found.format == "model" else found.layer
-    head = DraftHead(spec, config, ids, aux, layer_config=own)
+    head = DraftHead(spec, config, ids, aux, layer_config=own, layers=found.layers)
     places, stored = tensors_of(head), dict(found.tensors)
     if found.target_head and HEAD not in stored:
         with torch.no_grad():
@@ -139,6 +139,8 @@ class Inspection:
     format: str
     """`sglang`, `specforge`, `speculators` or `model`."""
     architectures: tuple[str, ...]
+    layers: int
+    """How many depths have a layer of their own."""
     hidden: int
     intermediate: int
     """Of each expert where its layer has them."""
@@ -157,7 +159,7 @@ class Inspection:
     algorithm: str
     """What SGLang calls it, once exported."""
     arguments: tuple[str, ...]
-    """What SGLang is told beside its depth."""
+    """What SGLang is told beside its depth; empty for a draft that it does not serve."""
 
 
 def inspect(folder: Path) -> Inspection:
@@ -170,11 +172,14 @@ def inspect(folder: Path) -> Inspection:
     told = ["--speculative-algorithm", algorithm(found.spec), "--speculative-draft-model-path", str(folder)]
     if reduced and not found.spec.own_head:
         told += ["--speculative-token-map", str(folder / TOKEN_MAP)]
+    if found.layers > 1:
+        told = []
     own_head = found.spec.own_head and not found.target_head
     return Inspection(
         family=found.spec.family,
         format=found.format,
         architectures=found.architectures,
+        layers=found.layers,
         hidden=found.hidden_size,
         intermediate=_intermediate(layer, found),
         heads=layer.num_attention_heads,

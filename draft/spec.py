@@ -42,11 +42,16 @@ class DraftSpec:
     """Whether the row at position 0 reads its token; if not, a zero in its place."""
     own_head: bool
     """Whether the draft has an LM head of its own `[Vd, H]`; if not, the target's is used, detached."""
+    layered: bool
+    """Whether it may have a layer for each depth; if so, names in a checkpoint number the layers from 0."""
     names: tuple[tuple[str, str], ...]
     """Prefix of tensors here to their prefix in a checkpoint, the first that fits; the rest have the same name."""
 
     def name_of(self, ours: str) -> str:
         """The name in a checkpoint of the tensor that is called `ours` in the module."""
+        if ours.startswith("deeper."):
+            _, number, rest = ours.split(".", 2)
+            return self.name_of(rest).replace(".0.", f".{int(number) + 1}.", 1)
         for prefix, theirs in self.names:
             if ours.startswith(prefix):
                 return theirs + ours.removeprefix(prefix)
@@ -66,6 +71,7 @@ EAGLE = DraftSpec(
     feeds="post_norm",
     first_embed=True,
     own_head=False,
+    layered=False,
     names=(("layer.", "layers.0."),),
 )
 """EAGLE (Li et al., 2024, arXiv 2401.15077, section 3.1), as SGLang and the public checkpoints lay it out."""
@@ -83,6 +89,7 @@ EAGLE3 = DraftSpec(
     feeds="pre_norm",
     first_embed=True,
     own_head=True,
+    layered=False,
     names=(
         ("embed_norm.", "midlayer.input_layernorm."),
         ("hidden_norm.", "midlayer.hidden_norm."),
@@ -104,6 +111,7 @@ NEXTN = DraftSpec(
     feeds="post_norm",
     first_embed=True,
     own_head=False,
+    layered=True,
     names=(
         ("embed_norm.", "model.layers.0.enorm."),
         ("hidden_norm.", "model.layers.0.hnorm."),
@@ -133,6 +141,7 @@ MIMO = replace(
 QWEN_MTP = replace(
     NEXTN,
     family="qwen_mtp",
+    layered=False,
     names=(
         ("embed_norm.", "mtp.pre_fc_norm_embedding."),
         ("hidden_norm.", "mtp.pre_fc_norm_hidden."),

@@ -1,8 +1,13 @@
 """Runs a draft over a pack at every depth, feeding it its own states as serving does.
 
+A depth with a layer of its own attends to all rows of its own depth, as in DeepSeek-V3 (2024, arXiv 2412.19437,
+equations 21 to 23). Where the last layer is applied again, at depth 2 already if it is the only one, a row attends to
+the keys that this layer made of the rows before at its own depth, and to its own chain.
+
 Invariant: the target's hidden states and embedding come in detached, so no gradient can leave the draft.
 
-Dimensions: `T` rows of a pack on this rank, `D` depths, `R` rows that depths from 2 on run, `H` hidden, `V` vocabulary.
+Dimensions: `T` rows of a pack on this rank, `D` depths, `N` of them with a layer of their own, `R` rows that deeper
+ones run, `H` hidden, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -28,16 +33,18 @@ class Unrolled:
     """A draft's states over a pack before the LM head, at every depth."""
 
     states: list[Tensor]
-    """`D` tensors: `[T, H]` at depth 1, `[R, H]` at deeper ones."""
+    """`D` tensors: `[T, H]` at the first `N` depths, `[R, H]` at deeper ones."""
+    layers: int
+    """`N`, at most `D`."""
     rows: Tensor
-    """`[R]` int64, ascending, the rows that deeper depths run; holds every row of `DraftTargets.mask[1]`. Empty if `D`
-    is 1."""
+    """`[R]` int64, ascending, the rows that depths beyond `N` run; holds every row of `DraftTargets.mask[1]`. Empty if
+    there are none."""
     place: Tensor
     """`[T]` int64, where each row is in `rows`; 0 for those that are not."""
 
     @property
     def flat(self) -> Tensor:
-        """`[T + (D - 1) * R, H]`, the states of all depths, made at each call."""
+        """`[N * T + (D - N) * R, H]`, the states of all depths, made at each call."""
         return torch.cat(self.states)
 
     def index(self, depth: Tensor, row: Tensor) -> Tensor:
@@ -45,8 +52,9 @@ class Unrolled:
 
         A row outside `rows` has no deeper state; its index there is that of another row's.
         """
-        size, deeper = len(self.place), len(self.rows)
-        return torch.where(depth == 0, row, size + (depth - 1) * deeper + self.place[row])
+        size, deeper, layers = len(self.place), len(self.rows), self.layers
+        again = layers * size + (depth - layers) * deeper + self.place[row]
+        return torch.where(depth < layers, depth * size + row, again)
 
 
 def unroll(
@@ -58,40 +66,44 @@ def unroll(
     backend: Backend = "auto",
     group: dist.ProcessGroup | None = None,
 ) -> Unrolled:
-    """The draft's states at the depths of `targets`; if there are several, copies one number per piece to the host.
+    """The draft's states at the depths of `targets`; if a layer is applied again, copies one number per piece to the
+    host.
 
     `embed_weight` `[V, H]`, or with the TP group `group` this rank's share of it, and `states` `[T, S]`, the target's
-    that `head` reads, must not require a gradient. Depth 1
-    runs every row, since prompts serve as keys; a row without a next token in its segment runs on whatever token its
-    target names, and only rows that do not count attend to it. Deeper depths run, of each piece, the rows from the
-    first that counts to the end: one set for all of them. What rows that do not count return is finite and means
-    nothing.
+    that `head` reads, must not require a gradient. A depth
+    with a layer of its own runs every row, since prompts serve as keys; a row without that token in its segment runs on
+    whatever token its target names, and only rows that do not count attend to it. Deeper depths run, of each piece, the
+    rows from the first that counts to the end: one set for all of them. What rows that do not count return is finite
+    and means nothing.
     """
     assert not states.requires_grad and not embed_weight.requires_grad
     depths, size = targets.mask.shape
+    layers = min(head.layers, depths)
 
     def run(depth: int, rows: Tensor | slice, before: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         embed = vocab_rows(embed_weight, targets.inputs[depth, rows], group)
-        after, out = head(embed[None], before[None], targets.positions[depth, rows][None], attend)
+        after, out = head(embed[None], before[None], targets.positions[depth, rows][None], attend, depth + 1)
         return after[0], out[0]
 
     everywhere = slice(None)
     rows = place = torch.empty(0, dtype=torch.int64, device=states.device)
     if not size:
         outs = [head.enter(states)] * depths
-    elif depths == 1:
-        _, out = run(0, everywhere, head.enter(states), PackedAttention(layout, backend))
-        outs, place = [out], rows.new_zeros(size)
     else:
-        chain = ChainAttention(layout, _starts(targets.mask[0], layout), backend)
-        rows = chain.rows
-        place = rows.new_zeros(size).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
-        state, out = run(0, everywhere, head.enter(states), chain)
-        outs, state = [out], state.index_select(0, rows)
-        for depth in range(1, depths):
-            state, out = run(depth, rows, state, chain.deeper)
+        chain = ChainAttention(layout, _starts(targets.mask[0], layout), backend) if layers < depths else None
+        packed = PackedAttention(layout, backend) if chain is None else chain.packed
+        state, outs, place = head.enter(states), [], rows.new_zeros(size)
+        for depth in range(layers):
+            state, out = run(depth, everywhere, state, chain if chain and depth == layers - 1 else packed)
             outs.append(out)
-    return Unrolled(states=outs, rows=rows, place=place)
+        if chain is not None:
+            rows = chain.rows
+            place.index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
+            state = state.index_select(0, rows)
+            for depth in range(layers, depths):
+                state, out = run(depth, rows, state, chain.deeper)
+                outs.append(out)
+    return Unrolled(states=outs, layers=layers, rows=rows, place=place)
 
 
 def _starts(mask: Tensor, layout: PackedLayout) -> list[int]:

@@ -52,7 +52,7 @@ class Attend(Protocol):
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """`query` `[B, Hq, q, D]`, `key` and `value` `[B, Hk, q, D]` of the tokens at hand, rotary applied; returns
-        `[B, Hq, q, D]`."""
+        `[B, Hq, q, D]`. Values may be narrower, and so is then what it returns."""
         ...
 
 
@@ -132,10 +132,11 @@ class PackedAttention:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
-            return self.attend(*self.lay_out(query, key, value), scale).to(value.dtype)
+            out = self.attend(*self.lay_out(query, key, value), scale)
+            return out[..., : value.shape[-1]].to(value.dtype)
 
     def lay_out(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[T, Hq, D]`, keys and values `[P, Hk, D]` of each piece's prefix, in the dtype to compute in."""
+        """Queries `[T, Hq, D]`, keys and values `[P, Hk, D]` of each piece's prefix, as `token_first` makes them."""
         assert query.shape[0] == 1 and query.shape[2] == self.tokens
         q, k, v = token_first(query, key, value)
         return (q, *_Gather.apply(k, v, self.prefixes)) if self.prefixes else (q, k, v)
@@ -160,13 +161,16 @@ _CAUSAL_WINDOW = (-1, 0)
 
 
 def token_first(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """`[q, H, D]` of each `[1, H, q, D]`, in the dtype to compute in."""
+    """`[q, H, D]` of each `[1, H, q, D]`, in the dtype to compute in; narrower values, as latent attention has them,
+    with zeros behind them: kernels know one size."""
     # under autocast the rotary embedding leaves queries and keys in float32; values show the compute dtype
     dtype = value.dtype
     if not value.is_cuda:
         # flash attention's backward in half precision is several times slower on a CPU than in float32
         dtype = torch.promote_types(dtype, torch.float32)
-    return [x[0].transpose(0, 1).to(dtype) for x in (query, key, value)]
+    missing = query.shape[-1] - value.shape[-1]
+    assert missing >= 0, "values are wider than keys"
+    return [x[0].transpose(0, 1).to(dtype) for x in (query, key, F.pad(value, (0, missing)) if missing else value)]
 
 
 def takes_flash(query: Tensor, backend: Backend) -> bool:

@@ -400,7 +400,7 @@ class ChainAttention:
         with torch.autocast(query.device.type, enabled=False):
             q, k, v = self.packed.lay_out(query, key, value)
             self.base = k.contiguous(), v.contiguous()
-            return self.packed.attend(q, k, v, scale).to(value.dtype)
+            return self.packed.attend(q, k, v, scale)[..., : value.shape[-1]].to(value.dtype)
 
     def deeper(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """The `Attend` of the next depth; `query` `[1, Hq, R, D]`, `key` and `value` `[1, Hk, R, D]` of `rows`."""
@@ -410,7 +410,7 @@ class ChainAttention:
             self.keys.append(k)
             self.values.append(v)
             if not len(self.rows):
-                return query
+                return query[..., : value.shape[-1]]
             plan = _Plan(
                 spans=self.spans,
                 scale=scale,
@@ -418,4 +418,4 @@ class ChainAttention:
                 fused=use_triton(self.backend, q) and q.dtype != torch.float64,
             )
             out = _Chain.apply(plan, q, *self.base, *self.keys, *self.values)
-            return out.transpose(0, 1)[None].to(value.dtype)
+            return out.transpose(0, 1)[None, ..., : value.shape[-1]].to(value.dtype)

@@ -84,6 +84,7 @@ def _draft_attach(arguments: argparse.Namespace, settings: Sequence[str]) -> Non
         arguments.model,
         arguments.out,
         family=arguments.family,
+        layers=arguments.layers,
         vocab_size=arguments.vocab_size,
         vocab_data=arguments.vocab_data,
         seed=arguments.seed,
@@ -323,6 +324,9 @@ def _add_draft(commands: _Commands) -> None:
     attach.add_argument("out", type=Path, metavar="OUT")
     attach.add_argument(
         "--family", default="eagle", metavar="NAME", help="eagle, eagle3, nextn, mimo or qwen_mtp; eagle if left out"
+    )
+    attach.add_argument(
+        "--layers", type=int, default=1, metavar="N", help="a layer for each of the first N depths; nextn and mimo"
     )
     attach.add_argument("--vocab-size", type=int, default=0, metavar="N", help="draft over so many tokens only")
     attach.add_argument(

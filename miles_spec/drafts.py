@@ -39,6 +39,7 @@ def attach(
     out: Path,
     *,
     family: str = "eagle",
+    layers: int = 1,
     vocab_size: int = 0,
     vocab_data: Path | None = None,
     seed: int = 0,
@@ -46,6 +47,7 @@ def attach(
 ) -> Inspection:
     """Writes a fresh draft for `model`, a Hugging Face folder or `smollm2`, to the folder `out`.
 
+    With several `layers`, of a family that may have them, each of the first depths has one of its own.
     With `vocab_size` it drafts over that many tokens: the most frequent ones of `vocab_data`, then the lowest. `dtype`
     `auto` is the model's. Raises `ValueError` for a model without such a draft, or data that cannot be counted.
     """
@@ -62,7 +64,7 @@ def attach(
     ids = None
     if vocab_data is not None:
         ids = most_frequent(_texts(vocab_data, loaded.tokenizer), vocab_size, loaded.model.config.vocab_size)
-    config = RunConfig(seed=seed, draft=DraftConfig(family=family))  # type: ignore[arg-type]
+    config = RunConfig(seed=seed, draft=DraftConfig(family=family, layers=layers))  # type: ignore[arg-type]
     head = fresh_draft(config, loaded, ids)
     to_sglang(head, out, dtype=_dtype(dtype) or _model_dtype(model), tokenizer=loaded.tokenizer)
     return inspect(out)
@@ -118,6 +120,7 @@ def describe(found: Inspection) -> str:
     rows = {
         "family": found.family,
         "format": f"{found.format} ({', '.join(found.architectures) or 'no architecture named'})",
+        "layers": f"{found.layers}, one for each depth, the last for all deeper ones" if found.layers > 1 else "",
         "layer": f"hidden {found.hidden}, intermediate {found.intermediate}, {found.heads} heads of {found.head_dim}, "
         f"{found.kv_heads} of keys and values",
         "vocabulary": f"{found.vocab}"
@@ -125,7 +128,7 @@ def describe(found: Inspection) -> str:
         "reads": f"layers {', '.join(map(str, found.aux_layers))} of the target" if found.aux_layers else "",
         "shares": f"the target's {' and '.join(found.shared)}" if found.shared else "nothing with the target",
         "parameters": f"{found.parameters:,} in {len(found.tensors)} tensors, {' and '.join(dtypes)}",
-        "SGLang": " ".join(found.arguments),
+        "SGLang": " ".join(found.arguments) or "serves no such draft with several layers; the embedded engine does",
     }
     lines = [f"{name:<12}{text}" for name, text in rows.items() if text]
     shapes = _shapes(found.tensors)

@@ -166,13 +166,17 @@ def drafts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     return made
 
 
-ATTACHED = {"family": "eagle", "vocab_size": 0, "vocab_data": None, "seed": 0, "dtype": "auto"}
+ATTACHED = {"family": "eagle", "layers": 1, "vocab_size": 0, "vocab_data": None, "seed": 0, "dtype": "auto"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "call"),
     [
         (["attach", "m", "o"], ("attach", "m", Path("o"), ATTACHED)),
+        (
+            ["attach", "m", "o", "--family", "mimo", "--layers", "3"],
+            ("attach", "m", Path("o"), ATTACHED | {"family": "mimo", "layers": 3}),
+        ),
         (
             ["attach", "m", "o", "--family", "eagle3", "--vocab-size", "9", "--vocab-data", "d", "--seed=3"],
             (
@@ -193,7 +197,7 @@ ATTACHED = {"family": "eagle", "vocab_size": 0, "vocab_data": None, "seed": 0, "
         ),
         (["inspect", "f"], ("inspect", Path("f"), {})),
     ],
-    ids=["attach", "attach with all", "import", "export of a run", "export", "inspect"],
+    ids=["attach", "attach several layers", "attach with all", "import", "export of a run", "export", "inspect"],
 )
 def test_drafts(
     arguments: list[str], call: tuple[object, ...], drafts: list[object], capsys: pytest.CaptureFixture[str]

@@ -236,6 +236,23 @@ def test_export_of_a_run_that_has_none(run: Path, model: str, tmp_path: Path) ->
 # inspect
 
 
+def test_a_layer_for_each_depth(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config("qwen2", vocab_size=VOCABULARY)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    path = str(tmp_path / "model")
+    text = describe(attach(path, tmp_path / "draft", family="mimo", layers=3))
+    assert "layers      3, one for each depth, the last for all deeper ones\n" in text
+    assert "SGLang      serves no such draft with several layers; the embedded engine does\n" in text
+    assert "model.mtp_layers.2.input_proj.weight" in text
+    assert describe(import_(tmp_path / "draft", tmp_path / "again", model=path)).count("\n") == text.count("\n")
+    assert same(tmp_path / "draft", tmp_path / "again")
+    with pytest.raises(ValueError, match="family 'eagle' has one layer, not 3"):
+        attach(path, tmp_path / "other", layers=3)
+
+
 def test_describe(model: str, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
     options: dict[str, Any] = {"vocab_size": 40, "vocab_data": tmp_path / "data.jsonl"}

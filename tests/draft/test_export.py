@@ -199,6 +199,13 @@ def test_a_target_that_cannot_be_served_is_refused(spec: DraftSpec, kind: str, s
     assert not list(tmp_path.iterdir())
 
 
+def test_several_layers_are_not_served() -> None:
+    for spec, kind in ((NEXTN, "glm4_moe"), (MIMO, "qwen2")):
+        check_served(kind, spec, 1)
+        with pytest.raises(ValueError, match=f"family '{spec.family}' with one layer, .* a layer for each of 2 depths"):
+            check_served(kind, spec, 2)
+
+
 def test_every_target_has_a_class_for_its_draft() -> None:
     for family, kinds in TARGETS.items():
         for kind in kinds:

@@ -297,13 +297,17 @@ INSIDE = [
 ]
 
 
-def model_folder(spec: DraftSpec, kind: str, prefix: str, folder: Path) -> DraftHead:
-    """The model's folder as transformers writes it, with an MTP layer in shards beside; that draft."""
+def model_folder(spec: DraftSpec, kind: str, prefix: str, folder: Path, layers: int = 1) -> DraftHead:
+    """The model's folder as transformers writes it, with MTP layers in shards beside; that draft."""
     model = tiny_model(kind)
     model.save_pretrained(folder)
-    head = DraftHead.attach(model, spec, None, torch.Generator().manual_seed(1))
+    head = DraftHead.attach(model, spec, None, torch.Generator().manual_seed(1), layers)
     own = spec.name_of("layer.").removesuffix("layers.0.") if spec is QWEN_MTP else spec.name_of("layer.")
-    mtp = {prefix + name.removeprefix(own): t.clone() for name, t in tensors_of(head).items()}
+    mtp = {prefix + name.removeprefix(own): t.clone() for name, t in tensors_of(head).items() if name.startswith(own)}
+    for at in range(1, layers):  # those of the model's two layers go on
+        ours, theirs = own.replace("0", str(at)), prefix.replace("2", str(2 + at)).replace("0", str(at))
+        found = {n.removeprefix(ours): t.clone() for n, t in tensors_of(head).items() if n.startswith(ours)}
+        mtp |= {theirs + name: tensor for name, tensor in found.items()}
     if spec is NEXTN:  # as DeepSeek-V3 and GLM-4.5 ship them
         mtp |= {
             prefix + "embed_tokens.weight": torch.ones(61, 32),
@@ -312,6 +316,8 @@ def model_folder(spec: DraftSpec, kind: str, prefix: str, folder: Path) -> Draft
     tensors = load_file(folder / "model.safetensors") | mtp
     (folder / "model.safetensors").unlink()
     config = json.loads((folder / "config.json").read_text())
+    if layers > 1:
+        config["num_nextn_predict_layers"] = layers
     if spec is MIMO:
         config |= {"model_type": "mimo", "architectures": ["MiMoForCausalLM"]}
     written(folder / "whole", config, tensors, parts=3)
@@ -329,6 +335,23 @@ def test_an_mtp_layer_inside_a_model(spec: DraftSpec, kind: str, prefix: str, tm
         load(tmp_path / "whole", tiny_model("llama", layers=4))
 
 
+@pytest.mark.parametrize(("spec", "kind", "prefix"), INSIDE[:3], ids=[case[1] for case in INSIDE[:3]])
+def test_several_mtp_layers_inside_a_model(spec: DraftSpec, kind: str, prefix: str, tmp_path: Path) -> None:
+    head = model_folder(spec, kind, prefix, tmp_path, layers=3)
+    again = load(tmp_path / "whole", tiny_model(kind))
+    assert again.layers == 3 and same(again, head)
+    assert inspect(tmp_path / "whole").layers == 3
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    for count, says in (
+        (2, "weight' is of MTP layer 3, and num_nextn_predict_layers is 2"),
+        (4, r"\.3\..* is missing"),
+    ):
+        text = json.dumps({**config, "num_nextn_predict_layers": count})
+        (tmp_path / "whole" / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=says):
+            load(tmp_path / "whole", tiny_model(kind))
+
+
 def test_a_model_without_an_mtp_layer(tmp_path: Path) -> None:
     tiny_model("glm4_moe").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no tensor is called model\.layers\.2\.\*"):
@@ -338,5 +361,5 @@ def test_a_model_without_an_mtp_layer(tmp_path: Path) -> None:
 def test_a_second_mtp_layer_is_refused(tmp_path: Path) -> None:
     model_folder(*INSIDE[2], tmp_path)
     save_file({"model.mtp_layers.1.input_proj.weight": torch.ones(32, 64)}, tmp_path / "whole" / "mtp.safetensors")
-    with pytest.raises(ValueError, match=r"'model\.mtp_layers\.1\.input_proj\.weight' is of a second MTP layer"):
+    with pytest.raises(ValueError, match=r"'model\.mtp_layers\.1\.input_proj\.weight' is of MTP layer 2, and num_nex"):
         load(tmp_path / "whole", tiny_model("qwen2"))

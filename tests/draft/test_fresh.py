@@ -12,7 +12,7 @@ from conftest import tiny_config, tiny_model
 from miles_spec.draft import fresh
 from miles_spec.draft.fresh import NOISE, QUIET, fill
 from miles_spec.draft.modules import DraftHead
-from miles_spec.draft.spec import EAGLE, EAGLE3, FAMILIES, NEXTN, QWEN_MTP, DraftSpec
+from miles_spec.draft.spec import EAGLE, EAGLE3, FAMILIES, MIMO, NEXTN, QWEN_MTP, DraftSpec
 from miles_spec.kernels.attention import NAME
 
 KINDS = ("llama", "qwen2", "qwen3", "gemma", "gemma3_text", "olmo2", "qwen3_moe", "glm4_moe", "deepseek_v3")
@@ -69,6 +69,18 @@ def test_the_layer_is_the_targets_last_with_quiet_outputs(spec: DraftSpec, kind:
         else:
             quiet = module.endswith(("o_proj", "down_proj"))
             assert torch.equal(own[name], theirs[name] * QUIET if quiet else theirs[name]), name
+
+
+def test_every_layer_of_several_is_filled_as_one_alone() -> None:
+    model = _model("qwen2")
+    one, three = (DraftHead.attach(model, MIMO, generator=_seed(), layers=n) for n in (1, 3))
+    for part in three.parts:
+        for (name, tensor), other in zip(part.layer.state_dict().items(), one.layer.state_dict().values(), strict=True):
+            assert torch.equal(tensor, other), name
+        for norm in ("embed_norm", "hidden_norm", "norm"):
+            assert torch.equal(part.get_submodule(norm).weight, one.get_submodule(norm).weight)
+        torch.testing.assert_close(part.fc.weight, one.fc.weight, rtol=0, atol=12 * NOISE)
+    assert not torch.equal(three.parts[1].fc.weight, three.parts[2].fc.weight)
 
 
 def test_a_draft_shares_no_memory_with_its_target() -> None:

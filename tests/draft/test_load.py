@@ -39,8 +39,8 @@ def target(kind: str, spec: DraftSpec = EAGLE) -> Any:
     return tiny_model(kind, layers=8 if spec is EAGLE3 else 2)
 
 
-def made(kind: str = "llama", spec: DraftSpec = EAGLE, ids: Tensor | None = None) -> DraftHead:
-    head = DraftHead.attach(target(kind, spec), spec, ids, torch.Generator().manual_seed(0))
+def made(kind: str = "llama", spec: DraftSpec = EAGLE, ids: Tensor | None = None, layers: int = 1) -> DraftHead:
+    head = DraftHead.attach(target(kind, spec), spec, ids, torch.Generator().manual_seed(0), layers)
     with torch.no_grad():
         for i, tensor in enumerate(tensors_of(head).values()):  # no two alike
             tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i)))
@@ -53,15 +53,20 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ids", [None, IDS], ids=["whole", "reduced"])
-@pytest.mark.parametrize(("spec", "kind"), CASES, ids=lambda case: getattr(case, "family", case))
+@pytest.mark.parametrize(
+    ("spec", "kind", "layers"),
+    [*((*case, 1) for case in CASES), (NEXTN, "glm4_moe", 3), (MIMO, "qwen2", 2)],
+    ids=lambda case: getattr(case, "family", case),
+)
 def test_what_is_written_comes_back(
-    spec: DraftSpec, kind: str, ids: Tensor | None, dtype: torch.dtype, tmp_path: Path
+    spec: DraftSpec, kind: str, layers: int, ids: Tensor | None, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """And is the same folder, byte for byte, when it is written again."""
-    head, tokenizer = made(kind, spec, ids), tiny_tokenizer()
+    head, tokenizer = made(kind, spec, ids, layers), tiny_tokenizer()
     export(head, tmp_path / "draft", dtype=dtype, tokenizer=tokenizer)
     again = load(tmp_path / "draft", target(kind, spec), tokenizer=tokenizer)
-    assert again.spec is spec and again.aux_layers == head.aux_layers and again.target_type == kind
+    assert again.spec is spec and again.layers == inspect(tmp_path / "draft").layers == layers
+    assert again.aux_layers == head.aux_layers and again.target_type == kind
     assert (again.vocab_ids is None) == (ids is None) and torch.equal(again.to_draft, head.to_draft)
     ours, theirs = again.config.to_dict(), head.config.to_dict()
     assert {**ours, "dtype": 0, "tie_word_embeddings": 0} == {**theirs, "dtype": 0, "tie_word_embeddings": 0}
@@ -256,6 +261,34 @@ def test_inspect(spec: DraftSpec, ids: Tensor | None, says: tuple[Any, ...], tmp
     )
     assert told.tensors["fc.weight"] == ("BF16", tuple(head.fc.weight.shape))
     assert told.parameters == sum(p.numel() for p in head.parameters())
+
+
+def test_several_layers(tmp_path: Path) -> None:
+    """Each is whole or the draft is refused; SGLang is told nothing of a draft that it does not serve."""
+    folder = tmp_path / "draft"
+    export(made("qwen2", MIMO, layers=3), folder, dtype=torch.float32)
+    told = inspect(folder)
+    assert (told.layers, told.arguments) == (3, ())
+    config, whole = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (1, 3)
+    name = "model.mtp_layers.2.input_proj.weight"
+    _tensors(lambda t: t.pop(name))(folder)
+    with pytest.raises(ValueError, match=f"tensor '{name}' is missing"):
+        load(folder, target("qwen2"))
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    for count, says in (
+        (2, r"tensor 'model\.mtp_layers\.2\..*' has no place"),
+        (4, r"tensor 'model\.mtp_layers\.3\..*' is missing, and 15 others"),
+        (-1, "num_nextn_predict_layers is -1: a number from 1 on is known"),
+        ("2", "num_nextn_predict_layers is 2: a number from 1 on is known"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": count}))
+        with pytest.raises(ValueError, match=says):
+            load(folder, target("qwen2"))
+    export(made("qwen3_moe", QWEN_MTP), tmp_path / "one", dtype=torch.float32)
+    _config(lambda c: c.update(num_nextn_predict_layers=2))(tmp_path / "one")
+    with pytest.raises(ValueError, match="num_nextn_predict_layers is 2: drafts of one are known"):
+        load(tmp_path / "one", target("qwen3_moe"))
 
 
 def test_inspect_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -50,10 +51,10 @@ TARGETS: dict[str, dict[str, Any]] = {
 """Changes to tiny configurations: heads that are not `hidden / heads` wide, and rotary parameters of more kinds."""
 
 
-def _random(spec: DraftSpec, config: Any) -> DraftHead:
+def _random(spec: DraftSpec, config: Any, layers: int = 1) -> DraftHead:
     """In float64, with weights large enough that every part of the draft shows in its output."""
     torch.manual_seed(3)
-    head = DraftHead(spec, config).double()
+    head = DraftHead(spec, config, layers=layers).double()
     with torch.no_grad():
         for name, tensor in head.state_dict().items():
             noise = torch.randn_like(tensor)
@@ -62,27 +63,6 @@ def _random(spec: DraftSpec, config: Any) -> DraftHead:
             else:
                 tensor.copy_(0.3 * noise)
     return head
-
-
-def _numbers(config: Any) -> drafts.Numbers:
-    """What a draft's own configuration says, and the target's norms where it has them."""
-    rope, kind = config.rope_parameters, config.model_type
-    llama3 = rope["rope_type"] == "llama3"
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return drafts.Numbers(
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=size,
-        rotated=int(size * rope.get("partial_rotary_factor", 1)),
-        eps=config.rms_norm_eps,
-        theta=rope["rope_theta"],
-        scaling={**LLAMA3, "original_tokens": rope["original_max_position_embeddings"]} if llama3 else None,
-        one_plus=kind in ("gemma", "qwen3_next"),
-        gelu=kind == "gemma",
-        chosen=getattr(config, "num_experts_per_tok", 0),
-        groups=(getattr(config, "n_group", 1), getattr(config, "topk_group", 1)),
-        routed_scale=getattr(config, "routed_scaling_factor", 1.0),
-    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -96,7 +76,7 @@ def test_a_block_computes_what_was_published(spec: DraftSpec, target: str) -> No
     embedding, read = torch.randn(61, 32, generator=g).double(), torch.randn(14, head.width, generator=g).double()
     tokens = torch.randint(0, 61, (14,), generator=g)
     for row in (0, 1, 9):
-        want = drafts.block(spec.family, named, _numbers(head.config), embedding, read, tokens, row, 4)
+        want = drafts.block(spec.family, named, drafts.Numbers.of(head.config), embedding, read, tokens, row, 4)
         with torch.no_grad():
             got = draft_states(head, embedding, read, tokens, row, 4)
         # norms, routers and rotary tables are float32
@@ -170,14 +150,15 @@ def test_a_layer_of_the_target_is_its_own_kind(kind: str, spec: DraftSpec) -> No
 
 
 @pytest.mark.skipif(not hasattr(modeling_layers, "MtpModel"), reason="this version of transformers has no such module")
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v3"])
-def test_nextn_equals_the_mtp_module_of_transformers(kind: str) -> None:
+def test_nextn_equals_the_mtp_module_of_transformers(kind: str, layers: int) -> None:
     """Which counts positions from the token, so it is one further: rotary embeddings are relative."""
     torch.manual_seed(5)
-    config = tiny_config(kind, num_mtp_layers=1)
+    config = tiny_config(kind, num_mtp_layers=layers)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
-    theirs = modeling_layers.MtpModel(model, 1).double().eval()
-    head = _random(NEXTN, model.config)
+    theirs = modeling_layers.MtpModel(model, layers).double().eval()
+    head = _random(NEXTN, model.config, layers)
     names = {
         "embed_norm.": "enorm.",
         "hidden_norm.": "hnorm.",
@@ -185,20 +166,26 @@ def test_nextn_equals_the_mtp_module_of_transformers(kind: str) -> None:
         "norm.": "post_norm.",
         "layer.": "mtp_block.",
     }
-    state = {}
-    for name, tensor in head.state_dict().items():
-        ours, part = next((a, b) for a, b in names.items() if name.startswith(a))
-        state[part + name.removeprefix(ours)] = tensor
-    theirs.layers[0].load_state_dict(state)
+    for own, their in zip(head.parts, theirs.layers, strict=True):
+        state = {}
+        for name, tensor in own.state_dict().items():
+            if not name.startswith("deeper."):
+                ours, part = next((a, b) for a, b in names.items() if name.startswith(a))
+                state[part + name.removeprefix(ours)] = tensor
+        their.load_state_dict(state)
     layout = PackedLayout.make([11])
     g = _seed(8)
     ids = torch.randint(0, 61, (1, 11), generator=g)
     hidden = torch.randn(1, 11, 32, generator=g).double()
     positions = layout.positions[None]
+    got = want = hidden
     with torch.no_grad():
-        want = theirs.forward_layer(0, hidden, positions + 1, None, input_ids=ids)
-        got, _ = head(model.model.embed_tokens(ids), hidden, positions, PackedAttention(layout))
-    assert relative_error(got, want) < 2e-6
+        for d in range(layers):
+            want = theirs.forward_layer(d, want, positions + d + 1, None, input_ids=ids)
+            embed = model.model.embed_tokens(ids)
+            got, _ = head(embed, got, positions + d, PackedAttention(layout), d + 1)
+            assert relative_error(got, want) < 4e-6
+            ids = ids.roll(-1)
 
 
 @pytest.mark.parametrize("kind", ["gemma", "gemma3_text", "glm4_moe", "deepseek_v3"])
@@ -284,6 +271,29 @@ def test_names_are_those_of_the_checkpoints(spec: DraftSpec, wanted: str) -> Non
     # the layer's own input norm is there where the family keeps it
     inputs = [n for n in names.values() if n.endswith("input_layernorm.weight")]
     assert len(inputs) == (spec is not EAGLE) and ("layer.input_layernorm.weight" in names) == spec.input_norm
+
+
+@pytest.mark.parametrize(("spec", "kind", "prefix"), [(NEXTN, "glm4_moe", "layers"), (MIMO, "qwen2", "mtp_layers")])
+def test_a_layer_for_each_depth(spec: DraftSpec, kind: str, prefix: str) -> None:
+    """Names with the layer's number, the first as if it were alone; deeper depths apply the last one."""
+    one, three = (DraftHead(spec, tiny_config(kind), layers=n) for n in (1, 3))
+    names = set(one.export_names.values())
+    assert set(three.export_names.values()) == {
+        n.replace(f"model.{prefix}.0.", f"model.{prefix}.{i}.") for n in names for i in range(3)
+    }
+    assert {n for n in three.export_names if not n.startswith("deeper.")} == one.export_names.keys()
+    embed, hidden, positions, attend = _inputs()
+    three = _random(spec, tiny_config(kind), 3).float()
+    outs = [three(embed, hidden, positions, attend, depth)[1] for depth in (1, 2, 3, 4, 9)]
+    assert [torch.equal(a, b) for a, b in pairwise(outs)] == [False, False, True, True]
+
+
+def test_layers_that_a_family_cannot_have_are_refused() -> None:
+    for spec in (EAGLE, EAGLE3, QWEN_MTP):
+        with pytest.raises(ValueError, match=f"family '{spec.family}' has one layer, not 2"):
+            DraftHead(spec, tiny_config("llama", num_hidden_layers=4), layers=2)
+    with pytest.raises(ValueError, match="family 'mimo' has at least one layer, not 0"):
+        DraftHead(MIMO, tiny_config("qwen2"), layers=0)
 
 
 def test_reduced_vocabulary() -> None:

@@ -3,25 +3,29 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import FAMILIES as TARGETS
 from conftest import tiny_model
 from distributed import Ranks
+from miles_spec.draft.export import per_expert, tensors_of
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE, EAGLE3, MIMO, NEXTN, QWEN_MTP, DraftSpec
 from miles_spec.draft.unroll import Unrolled, unroll
 from miles_spec.kernels.layout import PackedLayout, Sharding
 from miles_spec.kernels.shift import DraftTargets, draft_targets
+from oracles.drafts import Numbers, block
 from oracles.numbers import relative_error
 from oracles.serving import draft_states
 
 
-def _head(family: str = "llama", spec: DraftSpec = EAGLE) -> tuple[DraftHead, Tensor]:
+def _head(family: str = "llama", spec: DraftSpec = EAGLE, layers: int = 1) -> tuple[DraftHead, Tensor]:
     """In float64, with the embedding."""
     model = tiny_model(family, layers=4 if spec.reads == "aux" else 2).double()
-    head = DraftHead.attach(model, spec, generator=torch.Generator().manual_seed(0))
+    head = DraftHead.attach(model, spec, None, torch.Generator().manual_seed(0), layers)
     return head, model.get_input_embeddings().weight.detach()
 
 
@@ -70,6 +74,51 @@ def test_every_depth_computes_what_serving_computes(kind: str, spec: DraftSpec) 
     assert compared == sum(int(m.sum()) for m in targets.mask) > 20
 
 
+@pytest.mark.parametrize(("kind", "spec"), [("qwen2", MIMO), ("glm4_moe", NEXTN)])
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=3).filter(any),
+    prompt=st.integers(1, 3),
+    layers=st.integers(2, 3),
+    depth=st.integers(1, 4),
+)
+@example(lengths=[9, 0, 7], prompt=2, layers=3, depth=3)
+@example(lengths=[9, 0, 7], prompt=2, layers=2, depth=4)
+@settings(max_examples=6, deadline=None)
+def test_a_layer_for_each_depth_computes_what_was_published(
+    kind: str, spec: DraftSpec, lengths: list[int], prompt: int, layers: int, depth: int
+) -> None:
+    """States of the rows that count and gradients of a weighted sum of them, against the papers' equations row by row,
+    with the tensors by their names in a checkpoint."""
+    head, embed = _head(kind, spec, layers)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in head.parameters():  # so that no two layers are alike
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=g))
+    layout, tokens, loss_mask, hidden = _pack(lengths, prompt)
+    targets = draft_targets(tokens, loss_mask, layout, depth)
+    weight = torch.randn(depth, *hidden.shape, generator=g).double()
+    got = _counting(unroll(head, embed, hidden, targets, layout), targets)
+    sum((s * w[rows]).sum() for (rows, s), w in zip(got, weight, strict=True)).backward()
+
+    named = {name: tensor.clone().requires_grad_() for name, tensor in tensors_of(head).items()}
+    numbers, total = Numbers.of(head.config), torch.zeros((), dtype=torch.float64)
+    for d, (rows, states) in enumerate(got):
+        for row, state in zip(rows.tolist(), states, strict=True):
+            segment = int(layout.segments[row])
+            part = slice(layout.offsets[segment], layout.offsets[segment + 1])
+            place = row - part.start
+            want = block(spec.family, named, numbers, embed, hidden[part], tokens[part], place, d + 1, layers)[d]
+            total = total + want @ weight[d, row]
+            assert relative_error(state, want) < 5e-6  # norms, routers and rotary tables are float32
+    if total.requires_grad:
+        total.backward()
+    grads = {spec.name_of(n): torch.zeros_like(p) if p.grad is None else p.grad for n, p in head.named_parameters()}
+    for name, grad in per_expert(grads.items()):
+        exact = named[name].grad
+        exact = torch.zeros_like(grad) if exact is None else exact
+        assert (grad - exact).norm() <= 1e-5 * exact.norm() + 1e-9, name
+
+
 def test_rows_that_do_not_count_change_nothing() -> None:
     """What the other rows read at deeper depths, states included, leaves those that count bit for bit."""
     head, embed = _head()
@@ -107,10 +156,10 @@ def test_packed_equals_alone() -> None:
             torch.testing.assert_close(states[inside], want, rtol=1e-12, atol=1e-12)
 
 
-def _run(layout: PackedLayout) -> tuple[list[Tensor], Tensor]:
+def _run(layout: PackedLayout, layers: int) -> tuple[list[Tensor], Tensor]:
     """States of the rows that count, by depth in the order of the whole pack and 0 elsewhere, and the gradient of a
     weighted sum of them."""
-    head, embed = _head()
+    head, embed = _head("qwen2", MIMO, layers) if layers > 1 else _head()
     _, tokens, loss_mask, hidden = _pack(list(layout.lengths))
     weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5)).double()
     targets = draft_targets(layout.shard(tokens), layout.shard(loss_mask), layout, 3)
@@ -120,32 +169,36 @@ def _run(layout: PackedLayout) -> tuple[list[Tensor], Tensor]:
     return [layout.unshard(s) for s in states], torch.cat([p.grad.flatten() for p in head.parameters()])
 
 
-def _run_sharded(group: dist.ProcessGroup, lengths: list[int], sharding: Sharding) -> tuple[list[Tensor], Tensor]:
-    states, grad = _run(PackedLayout.make(lengths, halo=4, cp_group=group, sharding=sharding))
+def _run_sharded(
+    group: dist.ProcessGroup, lengths: list[int], sharding: Sharding, layers: int
+) -> tuple[list[Tensor], Tensor]:
+    states, grad = _run(PackedLayout.make(lengths, halo=4, cp_group=group, sharding=sharding), layers)
     dist.all_reduce(grad, group=group)
     return states, grad
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize(("size", "sharding"), [(2, "zigzag"), (4, "zigzag"), (4, "contiguous")])
-def test_context_parallel_equals_one_rank(ranks: Ranks, size: int, sharding: Sharding) -> None:
+def test_context_parallel_equals_one_rank(ranks: Ranks, size: int, sharding: Sharding, layers: int) -> None:
     lengths = [21, 0, 4, 1, 13]
-    want, grad = _run(PackedLayout.make(lengths))
+    want, grad = _run(PackedLayout.make(lengths), layers)
     assert all(s.any() for s in want)
-    for states, summed in ranks.run(_run_sharded, size, lengths, sharding):
+    for states, summed in ranks.run(_run_sharded, size, lengths, sharding, layers):
         # rotary tables are float32, the same for all
         assert all(relative_error(a, b) < 1e-12 for a, b in zip(states, want, strict=True))
         assert relative_error(summed, grad) < 1e-12
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [1, 2], [3, 1], [2]])
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("depth", [1, 3])
-def test_packs_too_short_for_the_depth(lengths: list[int], depth: int) -> None:
-    head, embed = _head()
+def test_packs_too_short_for_the_depth(lengths: list[int], depth: int, layers: int) -> None:
+    head, embed = _head("qwen2", MIMO, layers) if layers > 1 else _head()
     layout, tokens, loss_mask, hidden = _pack(lengths, prompt=1)
     targets = draft_targets(tokens, loss_mask, layout, depth)
     got = unroll(head, embed, hidden, targets, layout)
     assert len(got.states) == depth and got.flat.isfinite().all()
-    assert all(s.shape == (layout.tokens if d == 0 else len(got.rows), 32) for d, s in enumerate(got.states))
+    assert all(s.shape == (layout.tokens if d < layers else len(got.rows), 32) for d, s in enumerate(got.states))
     assert [len(r) for r, _ in _counting(got, targets)] == targets.mask.sum(1).tolist()
 
 
@@ -174,9 +227,9 @@ class _Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("depth", [1, 4])
-def test_the_host_reads_only_where_pieces_start(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    head, embed = _head()
+@pytest.mark.parametrize(("depth", "layers"), [(1, 1), (4, 1), (3, 3), (4, 3)])
+def test_the_host_reads_only_where_pieces_start(depth: int, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, embed = _head("qwen2", MIMO, layers) if layers > 1 else _head()
     layout, tokens, loss_mask, hidden = _pack([6, 0, 5])
     targets = draft_targets(tokens, loss_mask, layout, depth)
     reads = []
@@ -185,7 +238,7 @@ def test_the_host_reads_only_where_pieces_start(depth: int, monkeypatch: pytest.
         got = unroll(head, embed, hidden, targets, layout)
         got.index(torch.zeros(3, dtype=torch.int64), torch.arange(3))
     assert copies.count == 0
-    assert reads == [(2,)] * (depth > 1)
+    assert reads == [(2,)] * (depth > layers)
 
 
 def test_attached_states_are_refused() -> None:

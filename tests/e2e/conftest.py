@@ -99,8 +99,8 @@ def configure(work: Path) -> Configure:
             out=str(out), steps=4, seed=5, model__path=str(work / "model"), model__dtype="float32",
             data__source=str(work / "tasks.jsonl"), data__max_prompt_tokens=24, reward__kind="e2e_rewards:letters",
             rollout__prompts_per_step=4, rollout__samples_per_prompt=4, rollout__max_new_tokens=12,
-            rollout__max_running=8, draft__lr=0.01, draft__warmup_prompts=8, train__lr=0.001, train__token_budget=256,
-            tracking__samples=64,
+            rollout__max_running=8, draft__lr=0.01, draft__lr_warmup_steps=0, draft__warmup_prompts=8,
+            train__lr=0.001, train__token_budget=256, tracking__samples=64,
         )  # fmt: skip
         config = RunConfig()
         for name, value in {**settings, **overrides}.items():

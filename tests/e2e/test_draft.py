@@ -53,3 +53,20 @@ def test_from_a_model_to_a_run_and_back(
     assert said().matches(r".*/offline holds checkpoints of `miles-spec draft train`; choose another `out`")
     assert cli.main(["draft", "train", str(online)]) == 2
     assert said().matches(r".*/run holds checkpoints of `miles-spec train`; choose another `out`")
+
+
+@pytest.mark.usefixtures("rewards")
+def test_a_layer_for_each_depth_is_trained_and_served(configure: Configure, tmp_path: Path) -> None:
+    """What the trainer expects of it is what the engine counts, before each step and after a resume."""
+    config = configure(tmp_path / "run", draft__family="nextn", draft__layers=2, checkpoint__every=1)
+    path = tmp_path / "run.toml"
+    path.write_text(dump(config))
+    assert cli.main(["train", str(path), "--steps", "2"]) == 0
+    assert cli.main(["train", str(path), "--steps", "3"]) == 0
+    rows = lines(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3] and config.draft.num_steps > 2
+    assert all(abs(row["accept_estimate_error"]) < 1e-9 and row["accepted_tokens"] > 0 for row in rows)
+    saved = checkpoint.load_latest(tmp_path / "run")
+    assert saved is not None
+    before, after = (saved.tensors[f"{which}.deeper.0.fc.weight"] for which in ("frozen", "draft"))
+    assert not torch.equal(before, after)

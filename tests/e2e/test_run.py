@@ -56,7 +56,7 @@ def test_the_draft_learns(finished: RunConfig) -> None:
     rows = lines(Path(finished.out))
     assert rows[0]["accept_length_cotrained"] == rows[0]["accept_length_frozen"]
     assert rows[-1]["accept_length_cotrained"] > 1.03 * rows[-1]["accept_length_frozen"]
-    assert rows[-1]["draft_loss"] < 0.8 * rows[0]["draft_loss"]
+    assert rows[-1]["draft_loss"] < 0.9 * rows[0]["draft_loss"]
 
 
 def test_summary(finished: RunConfig) -> None:

@@ -28,15 +28,21 @@ def _qkv(n: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "c
     return [x.transpose(0, 1)[None].to(device, dtype).requires_grad_() for x in made]
 
 
+def _narrowed(qkv: list[Tensor], width: int) -> list[Tensor]:
+    return [*qkv[:2], qkv[2].detach()[..., :width].requires_grad_()]
+
+
 def _visible(layout: PackedLayout) -> Tensor:
     row = torch.arange(layout.tokens)
     return (layout.segments == layout.segments[:, None]) & (row <= row[:, None])
 
 
+@pytest.mark.parametrize("width", [SIZE, SIZE - 3])
 @pytest.mark.parametrize("lengths", [[5], [3, 0, 1, 6], [1, 1], []])
-def test_packed_attention_stays_in_its_segment(lengths: list[int]) -> None:
+def test_packed_attention_stays_in_its_segment(lengths: list[int], width: int) -> None:
+    """Also with values narrower than queries and keys, as latent attention has them."""
     layout = PackedLayout.make(lengths)
-    qkv = _qkv(layout.tokens, 1)
+    qkv = _narrowed(_qkv(layout.tokens, 1), width)
     got = PackedAttention(layout)(0, *qkv, SCALE)
     double = [x.detach().double().requires_grad_() for x in qkv]
     want = dense(*double, _visible(layout), SCALE)
@@ -138,11 +144,12 @@ def test_dropout_is_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("width", [SIZE, SIZE - 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_attention_on_a_gpu(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+def test_packed_attention_on_a_gpu(dtype: torch.dtype, width: int, caplog: pytest.LogCaptureFixture) -> None:
     attention._note_slow_path.cache_clear()
     host = PackedLayout.make([40, 0, 3, 129, 1])
-    qkv = _qkv(host.tokens, 40, dtype, "cuda")
+    qkv = _narrowed(_qkv(host.tokens, 40, dtype, "cuda"), width)
     exact = [x.detach().cpu().double().requires_grad_() for x in qkv]
     layout = host.to("cuda")
     with caplog.at_level(logging.WARNING):

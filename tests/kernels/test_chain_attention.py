@@ -40,9 +40,12 @@ def _qkv(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     shape: tuple[int, int, int] = (HEADS, KEY_HEADS, SIZE),
+    width: int | None = None,
 ) -> list[Tensor]:
+    """With values of their own `width`, if it is given."""
     heads, key_heads, size = shape
-    made = [_random((n, h, size), 10 * seed + i) for i, h in enumerate((heads, key_heads, key_heads))]
+    shapes = (heads, size), (key_heads, size), (key_heads, width or size)
+    made = [_random((n, *shape), 10 * seed + i) for i, shape in enumerate(shapes)]
     return [x.transpose(0, 1)[None].to(device, dtype).requires_grad_() for x in made]
 
 
@@ -81,9 +84,13 @@ def test_matches_pure_loops(lengths: list[int], starts: list[int], rows: list[in
         ("auto", torch.bfloat16, 2**-7),
     ],
 )
-def test_gradients_flow_through_every_depth(backend: Backend, dtype: torch.dtype, limit: float) -> None:
+@pytest.mark.parametrize("width", [None, SIZE - 3])
+def test_gradients_flow_through_every_depth(
+    backend: Backend, dtype: torch.dtype, limit: float, width: int | None
+) -> None:
+    """Also with values narrower than queries and keys, as latent attention has them."""
     layout = PackedLayout.make(LENGTHS)
-    depths = [_qkv(len(ROWS) if d else layout.tokens, d, dtype) for d in range(4)]
+    depths = [_qkv(len(ROWS) if d else layout.tokens, d, dtype, width=width) for d in range(4)]
     exact = [[x.detach().double().requires_grad_() for x in qkv] for qkv in depths]
     got = _forward(ChainAttention(layout, STARTS, backend), depths)
     want = oracle.dense_chain(exact, torch.tensor(ROWS), layout.segments, SCALE)
@@ -189,10 +196,12 @@ def _spoil_memory() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [64, 80])
+@pytest.mark.parametrize(("size", "width"), [(64, None), (80, None), (192, 128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_on_a_gpu(size: int, dtype: torch.dtype, backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+def test_on_a_gpu(
+    size: int, width: int | None, dtype: torch.dtype, backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
     attention._note_slow_path.cache_clear()
     host = PackedLayout.make([40, 0, 3, 333, 1, 129])
     starts = [17, 40, 43 + 200, 376, 10**6]
@@ -200,7 +209,7 @@ def test_on_a_gpu(size: int, dtype: torch.dtype, backend: Backend, caplog: pytes
     chain = ChainAttention(host.to("cuda"), starts, backend)
     rows = chain.rows.cpu()
     assert len(rows) == 23 + 3 + 133 + 1 + 1
-    depths = [_qkv(len(rows) if d else host.tokens, d, dtype, "cuda", shape) for d in range(4)]
+    depths = [_qkv(len(rows) if d else host.tokens, d, dtype, "cuda", shape, width) for d in range(4)]
     exact = [[x.detach().cpu().double().requires_grad_() for x in qkv] for qkv in depths]
     want = oracle.dense_chain(exact, rows, host.segments, SCALE)
     _backward(want)

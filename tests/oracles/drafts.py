@@ -4,6 +4,9 @@ Row `t` joins a state of position `t` with the embedding of token `t + 1`, at ro
 `t + 2`. A block that starts at row `r` runs rows `0..r` on the target's states, then a row more for each depth, on
 what the row before it hands on. Every row attends to itself and to all before it.
 
+With a layer for each depth, row `t` of depth `d` joins the state of row `t` at depth `d - 1` with token `t + d`, and
+attends to the rows of its own depth.
+
 Sources: EAGLE, arXiv 2401.15077, section 3.1; EAGLE-3, arXiv 2503.01840, section 3; DeepSeek-V3, arXiv 2412.19437,
 equations 12 to 16 (experts) and 21 to 23; MiMo, arXiv 2505.07608, section 2; rotary embedding, arXiv 2104.09864; and
 for norms, biases, orders and names the code that serves their checkpoints.
@@ -16,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +50,33 @@ class Numbers:
     """How many groups of experts there are, and from how many of them those of a row may come."""
     routed_scale: float = 1.0
 
+    @classmethod
+    def of(cls, config: Any) -> Numbers:
+        """What a draft's own configuration says, and the target's norms where it has them."""
+        rope, kind = config.rope_parameters, config.model_type
+        llama3 = rope["rope_type"] == "llama3"
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        return cls(
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=size,
+            rotated=int(size * rope.get("partial_rotary_factor", 1)),
+            eps=config.rms_norm_eps,
+            theta=rope["rope_theta"],
+            scaling={
+                **{name: rope[name] for name in names},
+                "original_tokens": rope["original_max_position_embeddings"],
+            }
+            if llama3
+            else None,
+            one_plus=kind in ("gemma", "qwen3_next"),
+            gelu=kind == "gemma",
+            chosen=getattr(config, "num_experts_per_tok", 0),
+            groups=(getattr(config, "n_group", 1), getattr(config, "topk_group", 1)),
+            routed_scale=getattr(config, "routed_scaling_factor", 1.0),
+        )
+
 
 def block(
     family: str,
@@ -56,34 +87,37 @@ def block(
     tokens: Tensor,
     row: int,
     depth: int,
+    layers: int = 1,
 ) -> list[Tensor]:
-    """`depth` states `[H]` that the LM head turns into logits, of the block that starts at `row`.
+    """`depth` states `[H]` that the LM head turns into logits, of the block that starts at `row`; differentiable in
+    `tensors`.
 
     `embedding` `[V, H]`; `read` `[L, H]` or `[L, 3H]`, the target's states that the family reads; `tokens` `[L]`, all
-    confirmed.
+    confirmed; `layers`, how many depths have one of their own.
     """
-    weights = {name: tensor.detach().double() for name, tensor in tensors.items()}
+    weights = {name: tensor.double() for name, tensor in tensors.items()}
     hidden = read.double()[: row + 1]
     if family == "eagle3":
         hidden = linear(weights, "fc", hidden)
     outs = []
-    for d in range(depth):
-        embeds = embedding.detach().double()[tokens[1 : row + d + 2]]
-        following, out = FAMILIES[family](weights, numbers, embeds, hidden)
+    for d in range(1, depth + 1):
+        at = min(d, layers)
+        embeds = embedding.detach().double()[tokens[at : row + d + 1]]
+        following, out = FAMILIES[family](weights, numbers, embeds, hidden, at - 1)
         outs.append(out[-1])
-        hidden = torch.cat([hidden, following[-1:]])
+        hidden = following if d < layers else torch.cat([hidden, following[-1:]])
     return outs
 
 
-def eagle(w: Tensors, numbers: Numbers, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """`[n, H]` twice, as for all families: for the next depth, and for the LM head."""
+def eagle(w: Tensors, numbers: Numbers, embeds: Tensor, hidden: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """`[n, H]` twice, as for all families: for the next depth, and for the LM head. `number` is that of the layer."""
     x = linear(w, "fc", torch.cat([embeds, hidden], -1))
     x = x + attention(w, "layers.0.self_attn", numbers, x)
     x = x + gated(w, "layers.0.mlp", numbers, norm(w, "layers.0.post_attention_layernorm", numbers, x))
     return x, x
 
 
-def eagle3(w: Tensors, numbers: Numbers, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def eagle3(w: Tensors, numbers: Numbers, embeds: Tensor, hidden: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """`hidden` at depth 1 is after `fc`."""
     both = [norm(w, "midlayer.input_layernorm", numbers, embeds), norm(w, "midlayer.hidden_norm", numbers, hidden)]
     x = hidden + attention(w, "midlayer.self_attn", numbers, torch.cat(both, -1))
@@ -91,24 +125,25 @@ def eagle3(w: Tensors, numbers: Numbers, embeds: Tensor, hidden: Tensor) -> tupl
     return x, norm(w, "norm", numbers, x)
 
 
-def nextn(w: Tensors, numbers: Numbers, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    at = "model.layers.0"
+def nextn(w: Tensors, numbers: Numbers, embeds: Tensor, hidden: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    at = f"model.layers.{number}"
     both = [norm(w, f"{at}.enorm", numbers, embeds), norm(w, f"{at}.hnorm", numbers, hidden)]
     x = decoder_layer(w, at, numbers, linear(w, f"{at}.eh_proj", torch.cat(both, -1)))
     out = norm(w, f"{at}.shared_head.norm", numbers, x)
     return out, out
 
 
-def mimo(w: Tensors, numbers: Numbers, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    at = "model.mtp_layers.0"
-    embeds = torch.cat([torch.zeros_like(embeds[:1]), embeds[1:]])
+def mimo(w: Tensors, numbers: Numbers, embeds: Tensor, hidden: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    at = f"model.mtp_layers.{number}"
+    if number == 0:
+        embeds = torch.cat([torch.zeros_like(embeds[:1]), embeds[1:]])
     both = [norm(w, f"{at}.hidden_layernorm", numbers, hidden), norm(w, f"{at}.token_layernorm", numbers, embeds)]
     x = decoder_layer(w, at, numbers, linear(w, f"{at}.input_proj", torch.cat(both, -1)))
     out = norm(w, f"{at}.final_layernorm", numbers, x)
     return out, out
 
 
-def qwen_mtp(w: Tensors, numbers: Numbers, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def qwen_mtp(w: Tensors, numbers: Numbers, embeds: Tensor, hidden: Tensor, number: int) -> tuple[Tensor, Tensor]:
     both = [
         norm(w, "mtp.pre_fc_norm_embedding", numbers, embeds),
         norm(w, "mtp.pre_fc_norm_hidden", numbers, hidden),
@@ -118,7 +153,7 @@ def qwen_mtp(w: Tensors, numbers: Numbers, embeds: Tensor, hidden: Tensor) -> tu
     return out, out
 
 
-FAMILIES: dict[str, Callable[[Tensors, Numbers, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+FAMILIES: dict[str, Callable[[Tensors, Numbers, Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {
     "eagle": eagle,
     "eagle3": eagle3,
     "nextn": nextn,
@@ -201,7 +236,7 @@ def experts(w: Tensors, at: str, numbers: Numbers, x: Tensor) -> Tensor:
         groups.sort(key=lambda group: -sum(sorted(liking[e] for e in group)[-2:]))
         open_to = [e for group in groups[: numbers.groups[1]] for e in group]
         chosen = sorted(open_to, key=lambda e: -liking[e])[: numbers.chosen]
-        whole = sum(float(score[e]) for e in chosen) / numbers.routed_scale
+        whole = sum(score[e] for e in chosen) / numbers.routed_scale
         rows.append(sum(score[e] / whole * gated(w, f"{at}.experts.{e}", numbers, row) for e in chosen))
     out = torch.stack(rows)  # type: ignore[arg-type]
     if f"{at}.shared_experts.up_proj.weight" in w:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import tiny_config, tiny_model, tiny_tokenizer
 from miles_spec.draft import states
+from miles_spec.draft.export import tensors_of
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.objective import DraftObjective, objective
 from miles_spec.draft.spec import EAGLE, EAGLE3, MIMO, NEXTN, QWEN_MTP, DraftSpec
@@ -24,15 +26,26 @@ from miles_spec.rollout.engine import Engine
 from miles_spec.rollout.verify import reject
 from miles_spec.sync.digest import digest
 from miles_spec.types import Completion, Request, Sampling, SpecCounts
+from oracles.drafts import Numbers, block
 from oracles.statistics import fits
 
 
 def make(
-    family: str = "llama", *, spec: DraftSpec = EAGLE, vocab_ids: torch.Tensor | None = None, **settings: object
+    family: str = "llama",
+    *,
+    spec: DraftSpec = EAGLE,
+    vocab_ids: torch.Tensor | None = None,
+    layers: int = 1,
+    **settings: object,
 ) -> EmbeddedEngine:
-    """An engine in float64 over the family's tiny model, with a fresh draft, a prefill of 8 tokens at a time."""
+    """An engine in float64 over the family's tiny model, with a fresh draft, a prefill of 8 tokens at a time; if the
+    draft has several `layers`, each one is different."""
     model = tiny_model(family, torch.float64, layers=4 if spec.reads == "aux" else 2)
-    draft = DraftHead.attach(model, spec, vocab_ids, torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    draft = DraftHead.attach(model, spec if layers == 1 else NEXTN, vocab_ids, g, layers)
+    with torch.no_grad():
+        for parameter in draft.parameters() if layers > 1 else ():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=g))
     defaults = {"eos_ids": (2,), "dtype": torch.float64, "max_context": 96, "prefill_chunk_tokens": 8}
     return EmbeddedEngine(model, draft, **{**defaults, **settings})  # type: ignore[arg-type]
 
@@ -76,22 +89,24 @@ def test_greedy_equals_generate_of_transformers(family: str, depth: int, running
 
 
 @pytest.mark.parametrize(
-    ("kind", "spec"),
+    ("kind", "spec", "layers"),
     [
-        ("llama", EAGLE3),
-        ("qwen3", EAGLE3),
-        ("deepseek_v3", EAGLE),
-        ("qwen2", MIMO),
-        ("glm4_moe", NEXTN),
-        ("deepseek_v3", NEXTN),
-        ("gemma", QWEN_MTP),
+        ("llama", EAGLE3, 1),
+        ("qwen3", EAGLE3, 1),
+        ("deepseek_v3", EAGLE, 1),
+        ("qwen2", MIMO, 1),
+        ("glm4_moe", NEXTN, 1),
+        ("deepseek_v3", NEXTN, 1),
+        ("gemma", QWEN_MTP, 1),
+        *(("llama", NEXTN, layers) for layers in (2, 3, 5)),
+        ("deepseek_v3", NEXTN, 3),
     ],
 )
-def test_every_family_leaves_greedy_tokens_as_they_are(kind: str, spec: DraftSpec) -> None:
+def test_every_family_leaves_greedy_tokens_as_they_are(kind: str, spec: DraftSpec, layers: int) -> None:
     expected = make(kind, spec=spec, depth=0).generate(requests(temperature=0.0))
-    vocabularies = (None, torch.arange(0, 61, 2)) if spec.own_head else (None,)
+    vocabularies = (None, torch.arange(0, 61, 2)) if spec.own_head or layers > 1 else (None,)
     for vocab_ids in vocabularies:
-        engine = make(kind, spec=spec, vocab_ids=vocab_ids, depth=3, max_running=3)
+        engine = make(kind, spec=spec, vocab_ids=vocab_ids, layers=layers, depth=3, max_running=3)
         got = engine.generate(requests(temperature=0.0))
         assert [c.tokens for c in got] == [c.tokens for c in expected]
         assert sum(c.spec.verify_steps for c in got) > 0
@@ -108,13 +123,24 @@ def test_a_draft_may_have_other_heads_than_its_target() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "spec"), [("llama", EAGLE), ("qwen3", EAGLE3), ("qwen2", MIMO), ("llama", NEXTN), ("glm4_moe", NEXTN)]
+    ("kind", "spec", "layers"),
+    [
+        ("llama", EAGLE, 1),
+        ("qwen3", EAGLE3, 1),
+        ("qwen2", MIMO, 1),
+        ("llama", NEXTN, 1),
+        ("glm4_moe", NEXTN, 1),
+        ("qwen2", MIMO, 2),
+        ("llama", NEXTN, 3),
+        ("glm4_moe", NEXTN, 3),
+        ("llama", NEXTN, 4),
+    ],
 )
-def test_the_estimate_of_acceptance_is_the_engines_count(kind: str, spec: DraftSpec) -> None:
+def test_the_estimate_of_acceptance_is_the_engines_count(kind: str, spec: DraftSpec, layers: int) -> None:
     """At temperature 0 and in float32, at every depth: training unrolls what serving runs. The draft learns a little
     before, so that blocks of every length stand."""
     model = tiny_model(kind, layers=4 if spec.reads == "aux" else 2)
-    draft = DraftHead.attach(model, spec, generator=torch.Generator().manual_seed(0))
+    draft = DraftHead.attach(model, spec, None, torch.Generator().manual_seed(0), layers)
     if spec.feeds == "pre_norm":
         with torch.no_grad():
             # so that what is fed back and what the LM head sees are far apart
@@ -264,13 +290,61 @@ def test_reduced_vocabulary_is_lossless(rule: str) -> None:
     assert drafted and drafted <= set(few.tolist()) and others
 
 
-def test_speculation_switched_by_batch_size_changes_nothing() -> None:
+@pytest.mark.parametrize("layers", [1, 3])
+def test_speculation_switched_by_batch_size_changes_nothing(layers: int) -> None:
     expected = make(depth=0).generate(requests(9))
-    engine = make(depth=3, max_batch=2, max_running=9)
+    engine = make(depth=3, layers=layers, max_batch=2, max_running=9)
     got = engine.generate(requests(9))
     assert [c.tokens for c in got] == [c.tokens for c in expected]
     # long responses outlive the others, and the draft first catches up on what it has not seen
     assert got[8].spec.verify_steps > 0 and got[0].spec.verify_steps == 0
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_every_drafted_token_is_that_of_the_papers_equations(layers: int) -> None:
+    """Accepted or not, in a batch that sequences leave and join."""
+    model = tiny_model("qwen2", torch.float64)
+    g = torch.Generator().manual_seed(2)
+    draft = DraftHead.attach(model, MIMO, None, g, layers)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=g))
+    engine = EmbeddedEngine(
+        model, draft, dtype=torch.float64, depth=4, max_running=3, max_context=64, prefill_chunk_tokens=8
+    )
+    seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+    propose = engine._propose
+
+    def watched(rows: slice, lengths: list[int], depth: int) -> Any:
+        drafted, proposal = propose(rows, lengths, depth)
+        seen.update((tuple(s.tokens), tuple(d)) for s, d in zip(engine._running, drafted.tolist(), strict=True))
+        return drafted, proposal
+
+    engine._propose = watched  # type: ignore[method-assign]
+    asked = requests(5, max_new_tokens=7, ignore_eos=True)
+    engine.generate([*asked, replace(asked[2], id="same"), replace(asked[3], id="too", seed=9)])
+    assert len(seen) > 20
+    embed, head = model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
+    named, numbers = tensors_of(draft), Numbers.of(draft.config)
+    for tokens, drafted in seen:
+        layout, ids = PackedLayout.make([len(tokens)]), torch.tensor(tokens)
+        with torch.no_grad():
+            place = {"position_ids": layout.positions[None], "attend": PackedAttention(layout), "use_cache": False}
+            read = model.model(ids[None], **place).last_hidden_state[0]
+            known = torch.cat([ids, torch.tensor(drafted)])
+            outs = block("mimo", named, numbers, embed, read, known, len(tokens) - 2, 4, layers)
+        assert tuple(int((head @ out).argmax()) for out in outs) == drafted
+
+
+def test_drafts_do_not_depend_on_batch_company_or_how_prompts_come() -> None:
+    """With a layer for each depth: what is accepted is the same alone and in a batch that sequences leave and join,
+    with prompts in chunks and whole, shared and not."""
+    asked = [*requests(7, ignore_eos=True), *(replace(r, id=f"{r.id}b") for r in requests(7, ignore_eos=True))]
+    alone = [make(depth=4, layers=3, max_running=1).generate([r])[0].spec for r in asked]
+    assert any(sum(spec.accepted) for spec in alone)
+    for chunk, running in product((3, 512), (3, 14)):
+        engine = make(depth=4, layers=3, max_running=running, prefill_chunk_tokens=chunk)
+        assert [c.spec for c in engine.generate(asked)] == alone
 
 
 def test_same_prompts_are_prefilled_once_and_answered_alike() -> None:
@@ -305,8 +379,9 @@ def test_stop_tokens_and_strings() -> None:
     assert got.finish == "stop" and got.tokens == full.tokens[: full.tokens.index(token) + 1]
 
 
-def test_abort_returns_what_there_is() -> None:
-    engine = make(depth=2, max_running=3)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_abort_returns_what_there_is(layers: int) -> None:
+    engine = make(depth=2, layers=layers, max_running=3)
     expected = {c.request_id: c for c in engine.generate(requests(7, ignore_eos=True))}
     order: list[str] = []
 
@@ -341,8 +416,9 @@ def test_requests_that_cannot_run_are_refused_before_any_runs() -> None:
         EmbeddedEngine(tiny_model(), None, depth=2)
 
 
-def test_full_context_can_be_used() -> None:
-    (got,) = make(depth=5).generate(
+@pytest.mark.parametrize("layers", [1, 3, 6])
+def test_full_context_can_be_used(layers: int) -> None:
+    (got,) = make(depth=5, layers=layers).generate(
         [Request(id="0", tokens=(5,) * 40, sampling=Sampling(max_new_tokens=56, ignore_eos=True))]
     )
     assert len(got.tokens) == 56
@@ -398,8 +474,9 @@ def test_fewer_may_run_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -
     assert max(together) == 2
 
 
-def test_a_depth_raised_later_finds_room() -> None:
-    engine = make(depth=0)
+@pytest.mark.parametrize("layers", [1, 4])
+def test_a_depth_raised_later_finds_room(layers: int) -> None:
+    engine = make(depth=0, layers=layers)
     expected = engine.generate(requests())
     engine.set_draft_depth(6)
     assert [c.tokens for c in engine.generate(requests())] == [c.tokens for c in expected]
