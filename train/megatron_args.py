@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 _MODEL = (
     "tensor_model_parallel_size",
@@ -99,11 +100,12 @@ _PLAIN: dict[str, Any] = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
     "router_jitter_noise": 0,
+    "rope_interleave": True,
 }
 """Settings of Hugging Face configurations that the mapping below reproduces at these values alone."""
 _ROPE = ("default", "linear", "llama3")
 """Scalings of the rotary embedding that change its frequencies and nothing else."""
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe")
 """Hugging Face's model types that are mapped to Megatron."""
 
 
@@ -116,15 +118,18 @@ def model_fields(hf_config: Any) -> dict[str, Any]:
     if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(f"{kind}: no mapping to Megatron, which has {known}; set train.backend = 'torch'")
+    rope, glm, latent = hf_config.rope_parameters, kind == "glm4_moe", kind == "deepseek_v3"
     for name, plain in _PLAIN.items():
+        if glm and name == "attention_bias":
+            continue
         if (value := getattr(hf_config, name, plain)) != plain:
             raise ValueError(
                 f"{kind}: {name} is {value!r}, and only {plain!r} is mapped to Megatron; set train.backend = 'torch'"
             )
     for name, value, plain in (
         ("layer_types", set(getattr(hf_config, "layer_types", None) or ["full_attention"]), ("full_attention",)),
-        ("rope_parameters.rope_type", {hf_config.rope_parameters["rope_type"]}, _ROPE),
-        ("rope_parameters.partial_rotary_factor", {hf_config.rope_parameters.get("partial_rotary_factor", 1)}, (1,)),
+        ("rope_parameters.rope_type", {rope["rope_type"]}, (*_ROPE, "yarn") if latent else _ROPE),
+        ("rope_parameters.partial_rotary_factor", {1 if glm else rope.get("partial_rotary_factor", 1)}, (1,)),
     ):
         if other := value - set(plain):
             known = " or ".join(map(repr, plain))
@@ -142,8 +147,8 @@ def model_fields(hf_config: Any) -> dict[str, Any]:
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": kind == "qwen2",
-        "qk_layernorm": kind.startswith("qwen3"),
+        "add_qkv_bias": kind == "qwen2" or (glm and hf_config.attention_bias),
+        "qk_layernorm": kind.startswith("qwen3") or (glm and hf_config.use_qk_norm),
     }
     if kind in ("qwen3_moe", "mixtral"):
         normalized = kind == "mixtral" or hf_config.norm_topk_prob
@@ -155,7 +160,61 @@ def model_fields(hf_config: Any) -> dict[str, Any]:
             "moe_router_pre_softmax": not normalized,
             "moe_router_load_balancing_type": "none",
         }
-    return fields
+    if latent:
+        fields |= _latent_attention(hf_config)
+    return fields | _sigmoid_router(hf_config) if latent or glm else fields
+
+
+def _latent_attention(hf_config: Any) -> dict[str, Any]:
+    """Of DeepSeek-V2 (2024, arXiv 2405.04434, section 2.1)."""
+    rope = hf_config.rope_parameters
+    if rope["rope_type"] == "yarn" and (factor := ROPE_INIT_FUNCTIONS["yarn"](hf_config, None)[1]) != 1:
+        raise ValueError(
+            f"deepseek_v3: rope_parameters.mscale and mscale_all_dim scale rotated queries and keys by {factor:.3g}, "
+            "and only 1 is mapped to Megatron; set train.backend = 'torch'"
+        )
+    return {
+        "num_query_groups": hf_config.num_attention_heads,
+        "kv_channels": hf_config.qk_head_dim,
+        "q_lora_rank": hf_config.q_lora_rank,
+        "kv_lora_rank": hf_config.kv_lora_rank,
+        "qk_head_dim": hf_config.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": hf_config.qk_rope_head_dim,
+        "v_head_dim": hf_config.v_head_dim,
+        # angles are our own; of Megatron's only the factor of the scores is used
+        "rope_type": "rope",
+        "rotary_scaling_factor": 1.0 if rope["rope_type"] == "default" else rope["factor"],
+        "mscale_all_dim": rope.get("mscale_all_dim") or 0.0,
+    }
+
+
+def _sigmoid_router(hf_config: Any) -> dict[str, Any]:
+    """Of DeepSeek-V3 (2024, arXiv 2412.19437, section 2.1.2), with its shared experts and first layers without any."""
+    kind, top = hf_config.model_type, hf_config.num_experts_per_tok
+    limited = hf_config.topk_group < hf_config.n_group
+    # Megatron ranks a group by that many experts, transformers by two
+    for name, value, known in (
+        ("norm_topk_prob", hf_config.norm_topk_prob, top > 1),
+        ("num_experts_per_tok // topk_group", top // hf_config.topk_group if limited else 2, 2),
+    ):
+        if value != known:
+            raise ValueError(
+                f"{kind}: {name} is {value!r}, and only {known!r} is mapped to Megatron; set train.backend = 'torch'"
+            )
+    return {
+        "num_moe_experts": hf_config.num_local_experts,
+        "moe_router_topk": top,
+        "moe_ffn_hidden_size": hf_config.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": hf_config.moe_intermediate_size * hf_config.n_shared_experts,
+        "moe_layer_freq": [int(i >= hf_config.first_k_dense_replace) for i in range(hf_config.num_hidden_layers)],
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": hf_config.routed_scaling_factor,
+        "moe_router_num_groups": hf_config.n_group if limited else None,
+        "moe_router_group_topk": hf_config.topk_group if limited else None,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",  # as in transformers
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,13 +285,18 @@ class MegatronArguments:
         """Raises `ValueError` in one sentence for a model that cannot be cut this way."""
         fields = model_fields(hf_config)
         experts = fields.get("num_moe_experts")
+        dense = not experts or 0 in fields.get("moe_layer_freq", ())
+        latent = fields.get("kv_lora_rank", 0) + fields.get("qk_pos_emb_head_dim", 0)
         even_layers = not any(name.startswith("num_layers_in") for name in self.model)
         tensor, expert_tensor = "tensor_model_parallel_size", "expert_tensor_parallel_size"
         for what, count, name, size in (
             ("attention heads", fields["num_attention_heads"], tensor, self.tp),
             ("key-value heads", fields["num_query_groups"], tensor, self.tp),
             ("tokens of the vocabulary", hf_config.vocab_size, tensor, self.tp),
-            ("columns of the MLP", 0 if experts else fields["ffn_hidden_size"], tensor, self.tp),
+            ("columns of the MLP", fields["ffn_hidden_size"] if dense else 0, tensor, self.tp),
+            ("columns of the shared experts", fields.get("moe_shared_expert_intermediate_size", 0), tensor, self.tp),
+            ("latent columns of queries", fields.get("q_lora_rank") or 0, tensor, self.tp),
+            ("latent columns of keys", latent, tensor, self.tp),
             ("layers", fields["num_layers"] if even_layers else 0, "pipeline_model_parallel_size", self.pp),
             ("experts", experts or 0, "expert_model_parallel_size", self.ep),
             ("columns of an expert", fields["moe_ffn_hidden_size"] if experts else 0, expert_tensor, self.etp),
@@ -252,8 +316,9 @@ class MegatronArguments:
 
     def transformer_config(self, hf_config: Any, dtype: torch.dtype) -> Any:
         """Megatron's `TransformerConfig`. Raises `ValueError` for what Megatron refuses."""
-        from megatron.core.transformer import TransformerConfig
+        from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
+        fields = model_fields(hf_config)
         ours = {
             "params_dtype": dtype,
             "pipeline_dtype": dtype,
@@ -268,7 +333,8 @@ class MegatronArguments:
             "cuda_graph_modules": [],  # there are none, and the default warns
         }
         try:
-            return TransformerConfig(**model_fields(hf_config), **ours, **self.model)
+            made = MLATransformerConfig if "kv_lora_rank" in fields else TransformerConfig
+            return made(**{**fields, **ours, **self.model})
         except (ValueError, AssertionError) as error:
             raise ValueError(f"[megatron]: {str(error) or 'Megatron refuses these settings'}") from error
 

@@ -20,22 +20,32 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
     model_parallel_cuda_manual_seed,
+    scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -77,10 +87,12 @@ class Policy(GPTModel):
     inv_freq: Tensor
 
     def __init__(self, config: TransformerConfig, hf_config: Any) -> None:
-        layers = get_num_layers_to_build(config, None, parallel_state.get_pipeline_model_parallel_rank())
+        first = get_transformer_layer_offset(config)
+        layers = range(first, first + get_num_layers_to_build(config, None))
+        specs = [_layer(config, experts=_has_experts(config, layer)) for layer in layers]
         super().__init__(
             config=config,
-            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[_layer(config)] * layers, layer_norm=Norm),
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm),
             vocab_size=hf_config.vocab_size,
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -91,6 +103,9 @@ class Policy(GPTModel):
         self.hf_config = hf_config
         self._tapping, self._tapped = False, dict[int, Tensor]()
         self.register_buffer("inv_freq", _inverse_frequencies(hf_config), persistent=False)
+        for module in self.modules():
+            if isinstance(module, TopKRouter):
+                module.frozen_expert_bias = True  # as in the torch trainer
 
     def tap(self, layers: Sequence[int]) -> None:
         """Has each forward keep the states after these layers of this stage, counted from 0, for `tapped`."""
@@ -171,10 +186,12 @@ class Norm(nn.Module):
 class CoreAttention(MegatronModule):
     """Hands queries, keys and values of this rank's heads to the `PackedAttention` that came with the micro-batch."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any
+    ) -> None:
         super().__init__(config=config)
         self.layer = layer_number - 1
-        self.scale = config.kv_channels**-0.5
+        self.scale = softmax_scale or config.kv_channels**-0.5
 
     def forward(
         self,
@@ -193,16 +210,92 @@ class CoreAttention(MegatronModule):
         return F.pad(out.permute(2, 0, 1, 3).flatten(2), (0, 0, 0, 0, 0, len(query) - rows))
 
 
-def _layer(config: TransformerConfig) -> ModuleSpec:
+class LatentAttention(MLASelfAttention):
+    """Multi-head latent attention over a pack (DeepSeek-V2, 2024, arXiv 2405.04434, section 2.1), the projections cut
+    as in Megatron's own. That one counts positions itself, takes no bias, and without Transformer Engine never sums the
+    gradient of the key that all heads share over tensor-parallel ranks."""
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        # Megatron's demands that the queries' norm be fused where they are not compressed
+        linears = dict.fromkeys(("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj"), ColumnParallelLinear)
+        return {**linears, "q_layernorm": _latent_norm, "kv_layernorm": _latent_norm}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None,
+        rotary_pos_emb: Tensor,
+        attention_bias: PackedAttention,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[s, 1, H]` from `[s, 1, H]`, and no bias; `rotary_pos_emb` `[rows, 1, 1, D]` are angles."""
+        recomputed = self.checkpoint_core_attention and self.training
+        attend = self._checkpointed_attention_forward if recomputed else self._run_core_attention
+        out = attend(*self._heads(hidden_states, rotary_pos_emb), attention_mask, attention_bias=attention_bias)
+        return cast(tuple[Tensor, Tensor | None], self.linear_proj(out))
+
+    def _heads(self, hidden: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of this rank's heads, `[rows, 1, heads, D]`, from `[s, 1, H]`."""
+        config, group = self.config, self.pg_collection.tp
+        plain, rotary, size = config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim
+        gather = partial(gather_from_tensor_model_parallel_region, group=group)
+        rotate = partial(apply_rotary_pos_emb, freqs=angles, config=config, mla_rotary_interleaved=True)
+        if config.q_lora_rank is None:
+            query = self.linear_q_proj(hidden)[0]
+        else:
+            latent = self._cut(gather(self.linear_q_down_proj(hidden)[0]))
+            query = self.linear_q_up_proj(self.q_layernorm(latent))[0]
+        latent, shared = gather(self.linear_kv_down_proj(hidden)[0]).split([config.kv_lora_rank, rotary], dim=-1)
+        both = self.linear_kv_up_proj(self.kv_layernorm(self._cut(latent)))[0]
+        q, q_rotary = query.unflatten(-1, (-1, plain + rotary)).split([plain, rotary], dim=-1)
+        k, v = both.unflatten(-1, (-1, plain + size)).split([plain, size], dim=-1)
+        # summed backward: this rank's heads give a part of its gradient
+        shared = rotate(copy_to_tensor_model_parallel_region(shared, group=group)[:, :, None])
+        q = torch.cat([q, rotate(q_rotary)], dim=-1)
+        return q, torch.cat([k, shared.expand(-1, -1, k.shape[2], -1)], dim=-1), v
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """`[s, 1, ..]` of `[rows, 1, ..]`."""
+        if not self.config.sequence_parallel:
+            return x
+        return cast(Tensor, scatter_to_sequence_parallel_region(x, group=self.pg_collection.tp))
+
+
+def _latent_norm(*, config: TransformerConfig, hidden_size: int, eps: float) -> Norm:
+    return Norm(config=config, hidden_size=hidden_size, eps=1e-6)  # in transformers, whatever the other norms have
+
+
+def _has_experts(config: TransformerConfig, layer: int) -> bool:
+    """Whether a layer, counted from 0 over all stages, has experts."""
+    frequency = config.moe_layer_freq
+    return bool(config.num_moe_experts) and (frequency == 1 or bool(frequency[layer]))
+
+
+def _attention(config: TransformerConfig) -> ModuleSpec:
+    mask = {"attn_mask_type": AttnMaskType.causal}
+    if config.multi_latent_attention:
+        latent = MLASelfAttentionSubmodules(
+            linear_q_down_proj=ColumnParallelLinear,
+            linear_kv_down_proj=ColumnParallelLinear,
+            core_attention=CoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=_latent_norm,
+            kv_layernorm=_latent_norm,
+        )
+        return ModuleSpec(module=LatentAttention, params=mask, submodules=latent)
     norm = Norm if config.qk_layernorm else None
-    attention = SelfAttentionSubmodules(
+    plain = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=CoreAttention,
         linear_proj=RowParallelLinear,
         q_layernorm=norm,
         k_layernorm=norm,
     )
-    if config.num_moe_experts:
+    return ModuleSpec(module=SelfAttention, params=mask, submodules=plain)
+
+
+def _layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
+    if experts:
         mlp = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts)
     else:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -211,9 +304,7 @@ def _layer(config: TransformerConfig) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
-            ),
+            self_attention=_attention(config),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
             mlp=mlp,

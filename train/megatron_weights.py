@@ -40,6 +40,8 @@ class Kind:
     """Whether the dimension that is cut is two, gate and up, each of which is cut."""
     experts: bool = False
     """Whether the first dimension is of experts, which Megatron holds one by one."""
+    buffer: bool = False
+    """Whether it is not trained, and float32 whatever the weights are."""
 
 
 def _heads(tensor: Tensor, config: Any) -> Tensor:
@@ -59,8 +61,10 @@ GATE = Kind(cut=0, fused=lambda tensor, config: tensor.chunk(2)[0])
 UP = Kind(cut=0, fused=lambda tensor, config: tensor.chunk(2)[1])
 EXPERTS_IN = Kind(cut=1, halves=True, experts=True)
 EXPERTS_OUT = Kind(cut=2, experts=True)
+BUFFER = Kind(buffer=True)
 
 _QKV = "self_attention.linear_qkv"
+_SHARED = "mlp.shared_experts"
 _EXPERTS = "mlp.experts.local_experts.{}"
 TABLE: dict[str, tuple[str, Kind]] = {
     "model.embed_tokens.weight": ("embedding.word_embeddings.weight", COLUMN),
@@ -82,36 +86,60 @@ TABLE: dict[str, tuple[str, Kind]] = {
     "mlp.up_proj.weight": ("mlp.linear_fc1.weight", UP),
     "mlp.down_proj.weight": ("mlp.linear_fc2.weight", ROW),
     "mlp.gate.weight": ("mlp.router.weight", WHOLE),
+    "mlp.gate.e_score_correction_bias": ("mlp.router.expert_bias", BUFFER),
+    "mlp.shared_experts.gate_proj.weight": (f"{_SHARED}.linear_fc1.weight", GATE),
+    "mlp.shared_experts.up_proj.weight": (f"{_SHARED}.linear_fc1.weight", UP),
+    "mlp.shared_experts.down_proj.weight": (f"{_SHARED}.linear_fc2.weight", ROW),
     "mlp.experts.gate_up_proj": (f"{_EXPERTS}.linear_fc1.weight", EXPERTS_IN),
     "mlp.experts.down_proj": (f"{_EXPERTS}.linear_fc2.weight", EXPERTS_OUT),
 }
 """Hugging Face's names of all families to Megatron's and how the tensor is cut."""
+LATENT = TABLE | {
+    "self_attn.q_proj.weight": ("self_attention.linear_q_proj.weight", COLUMN),
+    "self_attn.q_a_proj.weight": ("self_attention.linear_q_down_proj.weight", COLUMN),
+    "self_attn.q_a_layernorm.weight": ("self_attention.q_layernorm.weight", WHOLE),
+    "self_attn.q_b_proj.weight": ("self_attention.linear_q_up_proj.weight", COLUMN),
+    "self_attn.kv_a_proj_with_mqa.weight": ("self_attention.linear_kv_down_proj.weight", COLUMN),
+    "self_attn.kv_a_layernorm.weight": ("self_attention.kv_layernorm.weight", WHOLE),
+    "self_attn.kv_b_proj.weight": ("self_attention.linear_kv_up_proj.weight", COLUMN),
+}
+"""The same for families with multi-head latent attention."""
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-def metas(hf_config: Any) -> dict[str, tuple[int, ...]]:
-    """The model's parameters and their whole shapes, in Hugging Face's order; tied ones once. No rank is asked."""
-    return dict(_metas(hf_config.to_json_string(use_diff=False)))
+def metas(hf_config: Any, *, buffers: bool = True) -> dict[str, tuple[int, ...]]:
+    """The whole shapes of the model's parameters and, unless told otherwise, the buffers that checkpoints keep, each in
+    Hugging Face's order; tied parameters once. No rank is asked."""
+    trained, kept = _metas(hf_config.to_json_string(use_diff=False))
+    return trained | kept if buffers else dict(trained)
 
 
 @cache
-def _metas(config: str) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
+def _metas(config: str) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    # drawing nothing, so that a run's random state does not depend on what was asked before
+    with torch.random.fork_rng([]), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(config)))
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+    kept = model.state_dict().keys()
+    trained = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return trained, {name: tuple(b.shape) for name, b in model.named_buffers() if name in kept}
 
 
 @torch.no_grad()
 def load(
-    policy: Policy, tensors: Mapping[str, Tensor], hf_config: Any, select: Select = lambda parameter: parameter
+    policy: Policy,
+    tensors: Mapping[str, Tensor],
+    hf_config: Any,
+    select: Select = lambda tensor: tensor,
+    *,
+    buffers: bool = True,
 ) -> None:
-    """Fills this rank's weights, or another tensor of each parameter's shape, from the whole ones, which every rank
-    passes.
+    """Fills this rank's weights, or another tensor of each parameter's shape, and unless told otherwise its buffers,
+    from the whole ones, which every rank passes.
 
     Raises `ValueError` naming the first tensor that is missing, misshapen or unknown: the same on every rank, and
     before any weight has changed.
     """
-    shapes = metas(hf_config)
+    shapes = metas(hf_config, buffers=buffers)
     for name, shape in shapes.items():
         if name not in tensors:
             raise ValueError(f"tensor {name!r} is missing")
@@ -135,17 +163,17 @@ def _fill(views: Sequence[Tensor], part: Tensor) -> None:
 
 
 def export(policy: Policy, hf_config: Any) -> Iterator[tuple[str, Tensor | None]]:
-    """Each parameter by its name in Hugging Face's order: the whole tensor on global rank 0, None elsewhere.
+    """Each tensor of `metas` by its name: the whole one on global rank 0, None elsewhere.
 
     All ranks together, each to the end. One tensor at a time moves to rank 0, on the device of the weights; a caller
     that keeps none needs no more memory than for the largest.
     """
-    return _gather(policy, hf_config, lambda parameter: parameter.detach())
+    return _gather(policy, metas(hf_config), lambda tensor: tensor.detach())
 
 
-def export_values(policy: Policy, select: Select) -> Iterator[tuple[str, Tensor | None]]:
-    """The same for another tensor of each parameter's shape, such as its gradient."""
-    return _gather(policy, policy.hf_config, select)
+def export_values(policy: Policy, select: Select, *, buffers: bool = False) -> Iterator[tuple[str, Tensor | None]]:
+    """The same for another tensor of each parameter's shape, such as its gradient, and on request the buffers."""
+    return _gather(policy, metas(policy.hf_config, buffers=buffers), select)
 
 
 class _Home(NamedTuple):
@@ -186,7 +214,7 @@ class _Place(NamedTuple):
     def of(cls, name: str, config: Any) -> _Place:
         stages = config.pipeline_model_parallel_size
         match = _LAYER.fullmatch(name)
-        theirs, kind = TABLE[match[2] if match else name]
+        theirs, kind = (LATENT if config.multi_latent_attention else TABLE)[match[2] if match else name]
         if match is None:
             return cls(0 if theirs.startswith("embedding") else stages - 1, kind, [theirs])
         layer = int(match[1])
@@ -210,6 +238,8 @@ class _Place(NamedTuple):
 
     def views(self, policy: Policy, select: Select) -> list[Tensor]:
         """This rank's own part, as views of Megatron's tensors; one for each of `names`."""
+        if self.kind.buffer:
+            return [policy.get_buffer(name) for name in self.names]
         return [self.kind.fused(select(policy.get_parameter(name)), policy.config) for name in self.names]
 
     def holders(self, homes: Sequence[_Home]) -> dict[int, _Home]:
@@ -223,12 +253,15 @@ class _Place(NamedTuple):
 
 
 @torch.no_grad()
-def _gather(policy: Policy, hf_config: Any, select: Select) -> Iterator[tuple[str, Tensor | None]]:
+def _gather(
+    policy: Policy, shapes: Mapping[str, tuple[int, ...]], select: Select
+) -> Iterator[tuple[str, Tensor | None]]:
     own = select(next(policy.parameters()))
     # all ranks start together: the first messages between two of them must not be a group's first
     homes = _Home.every(own.device)
-    for name, shape in metas(hf_config).items():
-        yield name, _collect(policy, _Place.of(name, policy.config), homes, shape, select, own)
+    for name, shape in shapes.items():
+        place = _Place.of(name, policy.config)
+        yield name, _collect(policy, place, homes, shape, select, own.float() if place.kind.buffer else own)
 
 
 def _collect(

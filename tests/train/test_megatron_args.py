@@ -15,7 +15,9 @@ from miles_spec.train.megatron_args import FAMILIES, SUPPORTED, MegatronArgument
 pytestmark = megatron_cpu.installed
 
 TP = {"tensor_model_parallel_size": 2}
+SP = TP | {"sequence_parallel": True}
 PP = {"pipeline_model_parallel_size": 2}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 128}
 
 
 def config(family: str = "llama", **overrides: Any) -> Any:
@@ -94,6 +96,14 @@ def test_tables_that_are_refused(table: dict[str, Any], size: int, said: str) ->
         ({}, "llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', and only 'silu' is mapped"),
         ({}, "llama", {"attention_bias": True}, "attention_bias is True"),
         ({}, "qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
+        ({}, "deepseek_v3", {"rope_interleave": False}, "rope_interleave is False, and only True is mapped"),
+        ({}, "deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob is False, and only True is mapped"),
+        ({}, "glm4_moe", {"num_experts_per_tok": 3}, "num_experts_per_tok // topk_group is 3, and only 2 is mapped"),
+        ({}, "deepseek_v3", {"rope_parameters": YARN}, "mscale_all_dim scale rotated queries and keys by 1.07"),
+        ({}, "glm4_moe", {"rope_parameters": YARN}, "rope_type has 'yarn'"),
+        (SP, "deepseek_v3", {"intermediate_size": 49}, "not divide the model's 49 columns of the MLP"),
+        (SP, "deepseek_v3", {"q_lora_rank": 11}, "not divide the model's 11 latent columns of queries"),
+        (SP, "deepseek_v3", {"kv_lora_rank": 15}, "not divide the model's 23 latent columns of keys"),
         (
             {},
             *("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}),

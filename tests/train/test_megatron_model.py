@@ -40,6 +40,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": False},
     "qwen3_moe normalized": {"norm_topk_prob": True},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {"rms_norm_eps": 1e-3},
+    "deepseek_v3 yarn": {
+        "q_lora_rank": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.7,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "glm4_moe": {},
+    "glm4_moe ungrouped": {"n_group": 1, "use_qk_norm": False, "attention_bias": False, "num_local_experts": 4},
 }
 
 
@@ -53,7 +67,8 @@ def tensors(config: Any) -> dict[str, Tensor]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     made = {}
-    for name, p in model.named_parameters():
+    biases = [(name, b) for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    for name, p in [*model.named_parameters(), *biases]:
         noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
         made[name] = 0.25 * noise + ("norm" in name)
     return made
@@ -175,6 +190,10 @@ LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
     ("qwen3_moe", 4, SP | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
     ("mixtral", 4, SP | PP | {"expert_tensor_parallel_size": 2}),
     ("qwen3_moe", 4, PP | FULL | {"expert_model_parallel_size": 2, "context_parallel_size": 2}),
+    ("deepseek_v3", 2, SP | {"expert_tensor_parallel_size": 1}),
+    ("deepseek_v3", 4, PP | FULL | {"expert_model_parallel_size": 2, "context_parallel_size": 2}),
+    ("deepseek_v3 yarn", 4, SP | SELECTIVE | {"context_parallel_size": 2}),
+    ("glm4_moe", 4, SP | PP | {"expert_tensor_parallel_size": 2}),
 ]
 
 
@@ -209,10 +228,10 @@ def test_wrong_gradients_under_sequence_parallelism_are_seen(fault: str, wrong: 
         check("llama", megatron_cpu.run(faulty_step, SP, 2, fault))
 
 
-def halved(arguments: Any) -> tuple[torch.dtype, dict[int, Tensor]]:
+def halved(arguments: Any, kind: str) -> tuple[torch.dtype, dict[int, Tensor]]:
     from miles_spec.train import megatron_model, megatron_weights
 
-    config = hf_config("qwen3")
+    config = hf_config(kind)
     policy = megatron_model.build(config, arguments, torch.bfloat16)
     megatron_weights.load(policy, tensors(config), config)
     with torch.no_grad():
@@ -221,7 +240,8 @@ def halved(arguments: Any) -> tuple[torch.dtype, dict[int, Tensor]]:
     return hidden.dtype, dict(enumerate(hidden.split(LENGTHS)))
 
 
-def test_half_precision() -> None:
-    [(dtype, hidden)] = megatron_cpu.run(halved, {}, 1)
+@pytest.mark.parametrize("kind", ["qwen3", "deepseek_v3"])
+def test_half_precision(kind: str) -> None:
+    [(dtype, hidden)] = megatron_cpu.run(halved, {}, 1, kind)
     assert dtype == torch.bfloat16
-    assert all(relative_error(hidden[i], x) < 3e-2 for i, x in enumerate(expected("qwen3")[0]))
+    assert all(relative_error(hidden[i], x) < 3e-2 for i, x in enumerate(expected(kind)[0]))

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import megatron_cpu
 from conftest import tiny_config
+from miles_spec.models import stored_tensors
 
 pytestmark = megatron_cpu.installed
 
@@ -27,6 +28,9 @@ LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
     ("mixtral", 4, SP | PP),
     ("qwen3_moe", 4, SP | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
     ("mixtral", 4, SP | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+    ("deepseek_v3", 4, SP | PP),
+    ("deepseek_v3", 2, {"expert_model_parallel_size": 2}),
+    ("glm4_moe", 4, SP | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
 ]
 
 
@@ -36,29 +40,37 @@ def hf_config(family: str, layers: int = 2) -> Any:
 
 def model(config: Any) -> nn.Module:
     torch.manual_seed(5)
-    return AutoModelForCausalLM.from_config(config)
+    made = AutoModelForCausalLM.from_config(config)
+    for name, buffer in made.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_()
+    return made
 
 
 def round_trip(arguments: Any, config: Any, dtype: torch.dtype) -> tuple[list[str], dict[str, tuple[int, ...]]]:
     """In a worker: what differs, and what `metas` says."""
     from miles_spec.train import megatron_model, megatron_weights
 
-    whole = {name: p.detach() for name, p in model(config).named_parameters()}
+    whole = stored_tensors(model(config))
     policy = megatron_model.build(config, arguments, dtype)
-    for parameter in policy.parameters():
-        parameter.data.fill_(float("nan"))
+    own = stored_tensors(policy)
+    for tensor in own.values():
+        tensor.fill_(float("nan"))
     megatron_weights.load(policy, whole, config)
-    left = [f"{name} is not filled" for name, p in policy.named_parameters() if p.isnan().any()]
+    left = [f"{name} is not filled" for name, tensor in own.items() if tensor.isnan().any()]
     first = torch.distributed.get_rank() == 0
     names = []
     for name, tensor in megatron_weights.export(policy, config):
         names.append(name)
         if (tensor is not None) != first:
             left.append(f"{name} on another rank than 0")
-        elif tensor is not None and not (tensor.dtype == dtype and torch.equal(tensor, whole[name].to(dtype))):
-            left.append(f"{name} differs")
+        elif tensor is not None:
+            kept = torch.float32 if name.endswith("e_score_correction_bias") else dtype
+            if not (tensor.dtype == kept and torch.equal(tensor, whole[name].to(kept))):
+                left.append(f"{name} differs")
     others = {p: torch.full_like(p, float("nan"), dtype=torch.float32) for p in policy.parameters()}
-    megatron_weights.load(policy, whole, config, others.__getitem__)
+    trained = {name: whole[name] for name in megatron_weights.metas(config, buffers=False)}
+    megatron_weights.load(policy, trained, config, others.__getitem__, buffers=False)
     for name, tensor in megatron_weights.export_values(policy, others.__getitem__):
         if tensor is not None and not torch.equal(tensor, whole[name]):
             left.append(f"{name} differs beside the parameters")
@@ -71,7 +83,7 @@ def round_trip(arguments: Any, config: Any, dtype: torch.dtype) -> tuple[list[st
 def test_what_was_loaded_is_exported(family: str, size: int, table: dict[str, Any]) -> None:
     config = hf_config(family, layers=3 if "num_layers_in_first_pipeline_stage" in table else 2)
     dtype = torch.bfloat16 if size == 4 else torch.float32
-    shapes = {name: tuple(p.shape) for name, p in model(config).named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model(config)).items()}
     for left, metas in megatron_cpu.run(round_trip, table, size, config, dtype):
         assert left == []
         assert list(metas.items()) == list(shapes.items())

@@ -562,3 +562,27 @@ def test_engine_probabilities_that_differ_are_reported_and_capped() -> None:
     assert terms.rollout_logprob_diff == pytest.approx(1.0, abs=1e-5)
     assert terms.rollout_kl == pytest.approx(float((shift.exp() - 1 - shift).mean()), rel=1e-4)
     assert subject.version == 1
+
+
+def test_a_fitted_draft_is_nearer_to_the_policy_than_a_fresh_one() -> None:
+    fitted, fresh = trainer(config()), trainer(config())
+    before = {name: t.clone() for name, t in fitted.state()[0].items()}
+    fitted.fit_draft(batches())
+    after = fitted.state()[0]
+    changed = {name for name, t in before.items() if not torch.equal(t, after[name])}
+    assert changed == {"draft.fc.weight", "draft.fc.bias"} and fitted.draft_version == 0
+    losses = [next(iter(subject.warm_draft(batches(), 1))).draft for subject in (fitted, fresh)]
+    assert losses[0] < 0.8 * losses[1], losses
+
+
+def test_the_learning_rate_of_the_draft_rises_from_the_first_step_on() -> None:
+    moved = []
+    for warmup in (0, 4):
+        subject = trainer(config(draft={"lr": 1e-3, "lr_warmup_steps": warmup}))
+        assert subject.draft is not None
+        before = {n: p.detach().clone() for n, p in subject.draft.draft.named_parameters()}
+        subject.train_draft(batches())
+        now = dict(subject.draft.draft.named_parameters())
+        moved.append(max(float((now[n] - t).detach().abs().max()) for n, t in before.items()))
+    # Adam's first step is the learning rate, whatever the gradient
+    assert moved[0] == pytest.approx(1e-3, rel=1e-3) and moved[1] == pytest.approx(0.25e-3, rel=1e-3)
