@@ -171,6 +171,9 @@ class DraftConfig:
     """Draft over this many of the most frequent tokens; 0 for the whole vocabulary, or that of `path`."""
     train: bool = True
     """False leaves the draft as it is after its warm start."""
+    share: float = 1.0
+    """Of the micro-batches of a training step, how many the draft learns from, and its acceptance is estimated on; at
+    least one of each rank's."""
     loss: Literal["ce", "kl", "tv", "ramp"] = "ramp"
     """`ramp` goes from KL to end-to-end TV."""
     ramp_steps: int = 100
@@ -391,6 +394,7 @@ _NOT_EMPTY = {
 _BETWEEN = {
     "rollout.top_p": (0, 1, "give a probability above 0, at most 1"),
     "draft.layers": (0, 16, "give 1 to 16"),
+    "draft.share": (0, 1, "give a share above 0, at most 1"),
     "draft.num_steps": (-1, 16, "give 1 to 16"),
     "offline.held_out": (0, 0.9, "give a share above 0, at most 0.9"),
 }

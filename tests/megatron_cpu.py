@@ -111,21 +111,32 @@ def _nurse(pairs: Sequence[tuple[Connection, Connection]]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     install()
-    from miles_spec.train import megatron_model, megatron_weights  # noqa: F401
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    from miles_spec.train import megatron  # noqa: F401
 
     rank = next((r for r in range(1, WORLD) if not os.fork()), 0)
+    pipe = pairs[rank][1]
     with contextlib.suppress(EOFError):
         while True:
-            _answer(rank, pairs[rank][1])
+            task = pipe.recv()
+            # a process for each task: hundreds of process groups with their threads end with it
+            child = os.fork()
+            if not child:
+                _answer(rank, pipe, *task)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            if status:
+                pipe.send((False, f"the process ended with wait status {status}"))
 
 
-def _answer(rank: int, pipe: Connection) -> None:
-    from megatron.core import parallel_state
-
+def _answer(
+    rank: int, pipe: Connection, store: str, fn: Callable[..., Any], table: Any, size: int, args: tuple[Any, ...]
+) -> None:
     from miles_spec.train.megatron_args import MegatronArguments
     from miles_spec.train.megatron_model import initialize
 
-    store, fn, table, size, args = pipe.recv()
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT_S)
@@ -135,9 +146,7 @@ def _answer(rank: int, pipe: Connection) -> None:
         pipe.send((True, fn(arguments, *args)))
     except Exception:
         pipe.send((False, traceback.format_exc()))
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    pipe.recv()  # tensors are shared while they are received
 
 
 class _Workers:
@@ -189,4 +198,6 @@ def run(
             _workers.stop()  # the others may wait for this one for ever
             raise AssertionError("\n".join(failed) or f"a rank of {size} did not answer within {timeout_s} s")
         answers |= {pipe: value for pipe, (_, value) in told.items()}
+    for pipe in pipes:
+        pipe.send("received")
     return [answers[pipe] for pipe in pipes]

@@ -8,11 +8,12 @@ Dimensions: `T` tokens of a micro-batch, `H` hidden size, `V` vocabulary, `D` dr
 from __future__ import annotations
 
 import copy
+import math
+import random
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import isfinite, nan
 
 import torch
 import torch.distributed as dist
@@ -133,6 +134,11 @@ class DraftTrainer:
             found.add(embed_weight.detach(), states, batch.tokens, batch.layout, self.ranks.vocab)
         found.finish(self.ranks.rows)
 
+    def choose(self, count: int) -> set[int]:
+        """Which of `count` micro-batches of a rank the next step is on (`draft.share`); the same on all ranks."""
+        most = math.ceil(self.config.draft.share * count)
+        return set(random.Random(f"{self.config.seed}/{self.version}").sample(range(count), most))
+
     def begin(
         self, embed_weight: Tensor, head_weight: Tensor, *, train: bool, warm: bool = False, lr_scale: float = 1.0
     ) -> DraftStep:
@@ -198,13 +204,13 @@ class DraftStep:
             return DraftTerms(seconds=self._watch.seconds, acceptance=self._acceptance)
         with self._watch.running():
             norm = owner.optimizer.step(self._lr, divisor=self._rows[0])
-        if isfinite(norm):
+        if math.isfinite(norm):
             owner.warm_steps += self._warm
         sums = self._by_depth.tolist()
         return DraftTerms(
             loss=float(self._loss) / self._rows[0],
             by_depth=tuple(s / n if n else 0.0 for s, n in zip(sums, self._rows, strict=True)),
-            grad_norm=norm if isfinite(norm) else nan,
+            grad_norm=norm if math.isfinite(norm) else math.nan,
             seconds=self._watch.seconds,
             acceptance=self._acceptance,
         )

@@ -16,6 +16,7 @@ hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -172,11 +173,14 @@ class MegatronTrainer(Sleeper):
         tally = Tally(self.device)
         self.optimizer.zero()
         if any(bool(batch.loss_mask.any()) for batch in batches):
+            chosen = set() if self.draft is None else self.draft.choose(-(-len(batches) // self.ranks.data_size))
+            places = itertools.count()
 
             def work(part: _Part, hidden: Tensor, read: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+                at = next(places)
                 out = self._logprobs(part, hidden)
                 total = self._policy_loss(part, out, tally)
-                if draft is not None:
+                if draft is not None and at in chosen:
                     self.memory.at("the draft's forward and backward")
                     draft.add(part.batch, self._teacher(part, hidden, read, out))
                 self.memory.at("the policy's backward")

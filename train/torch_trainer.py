@@ -116,7 +116,8 @@ class TorchTrainer(Sleeper):
     def step(self, batches: Sequence[PackedBatch]) -> LossTerms:
         """One optimizer step of policy and draft over all micro-batches of one minibatch.
 
-        One rank skips a micro-batch without sampled tokens; without any at all the policy's gradient is 0. The terms'
+        One rank skips a micro-batch without sampled tokens; without any at all the policy's gradient is 0. The draft
+        learns from `draft.share` of them. The terms'
         `draft_seconds` include the estimate of the frozen draft.
 
         Raises `FloatingPointError` if the policy's gradient is not finite; no weight has changed then. A draft whose
@@ -129,7 +130,9 @@ class TorchTrainer(Sleeper):
             draft = self.draft.begin(*self._vocabulary(), train=self.config.draft.train)
         self.optimizer.zero()
         tally = Tally(self.device)
-        for batch, tokens in self._sampled(batches):
+        sampled = list(self._sampled(batches))
+        chosen = set() if self.draft is None else self.draft.choose(len(sampled))
+        for at, (batch, tokens) in enumerate(sampled):
             self.memory.at("the policy's forward", len(batch.tokens))
             hidden, read, out = self._forward(self.model, self._head, batch, tokens)
             loss = policy_loss(
@@ -147,7 +150,7 @@ class TorchTrainer(Sleeper):
             self.memory.at("the policy's backward")
             total.backward()
             tally.add(out, total.detach(), loss)
-            if draft is not None and len(tokens):
+            if draft is not None and at in chosen and len(tokens):
                 self.memory.at("the draft's forward and backward")
                 draft.add(batch, _teacher(hidden, read, out, tokens))
         self.memory.at("the optimizer")

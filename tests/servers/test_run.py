@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from conftest import tiny_tokenizer
-from miles_spec import loop
+from miles_spec import cli, loop
 from miles_spec.assemble import Run
 from miles_spec.config import RunConfig
-from miles_spec.loop import train
 from miles_spec.rollout.sglang import SGLangServer
 from miles_spec.settings import load
 
@@ -71,8 +70,11 @@ def lines(out: Path) -> list[dict[str, object]]:
     return [row for row in rows if "step" in row]
 
 
-def test_a_whole_run_whose_server_is_killed(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two rollouts, while the trainer works: the next rollout waits for the server and pushes to it first."""
+def test_a_whole_run_of_two_ranks_whose_server_is_killed(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two rollouts, while the trainer works: the next rollout waits for the server and pushes to it first what
+    both ranks hold, gathered as it is sent."""
     real, steps = loop.optimize, []
 
     def optimize(run: Run, *rest: object) -> object:
@@ -84,7 +86,11 @@ def test_a_whole_run_whose_server_is_killed(work: Path, tmp_path: Path, monkeypa
         return real(run, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "optimize", optimize)
-    train(config(work, tmp_path / "run"))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")  # which the run sets for its ranks
+    config(work, tmp_path / "run")
+    more = ["--train.ranks", "2", "--draft.vocab-size", "40"]
+    assert cli.main(["train", str(tmp_path / "run.toml"), *more]) == 0
     rows = lines(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [(row["receipts_verified"], row["receipts_failed"]) for row in rows] == [(2, 0), (0, 1), (2, 0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isnan
@@ -586,3 +587,23 @@ def test_the_learning_rate_of_the_draft_rises_from_the_first_step_on() -> None:
         moved.append(max(float((now[n] - t).detach().abs().max()) for n, t in before.items()))
     # Adam's first step is the learning rate, whatever the gradient
     assert moved[0] == pytest.approx(1e-3, rel=1e-3) and moved[1] == pytest.approx(0.25e-3, rel=1e-3)
+
+
+def test_a_share_of_the_micro_batches_teaches_the_draft_and_leaves_the_policy_as_it_is() -> None:
+    packs = batches()
+    assert len(packs) >= 3
+    whole, part, alone = (trainer(config(draft={"share": share})) for share in (1.0, 0.5, 1.0))
+    assert part.draft is not None and whole.draft is not None
+    taught = [pack for pack in packs if pack.loss_mask.any()]
+    chosen = part.draft.choose(len(taught))
+    assert len(chosen) == math.ceil(len(taught) / 2) and whole.draft.choose(len(taught)) == set(range(len(taught)))
+    terms = part.step(packs)
+    expected = alone.train_draft([taught[i] for i in sorted(chosen)])
+    assert terms.draft == pytest.approx(expected.draft, rel=1e-6)
+    assert terms.acceptance["cotrained"].verify_steps == expected.acceptance["cotrained"].verify_steps
+    whole.step(packs)
+    after, only, every = (subject.state()[0] for subject in (part, alone, whole))
+    learnt = (dict((n, t) for n, t in tensors.items() if n.startswith("draft.")) for tensors in (after, only))
+    assert_near(*learnt, 1e-6)
+    assert all(torch.equal(after[n], t) for n, t in every.items() if n.startswith("policy"))
+    assert part.draft.choose(64) != chosen and part.draft.choose(64) == part.draft.choose(64)
