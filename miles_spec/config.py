@@ -132,9 +132,9 @@ class FleetConfig:
     trainer share their device, else `nccl`; `disk` for servers that share only a folder."""
     folder: str = ""
     """Where `disk` writes; "" for a folder within `out`."""
-    release: Literal["all", "kv_cache", "nothing"] = "all"
-    """What servers on the trainer's GPU give back while it trains: the memory of their cache and of their weights,
-    which wait in the host's memory and take seconds to go there and back, or of the cache alone."""
+    release: Literal["all", "kv_cache", "nothing"] = "kv_cache"
+    """What servers on the trainer's GPU give back while it trains: the memory of their cache, or of their weights too,
+    which then wait in the host's memory and take seconds to go there and back."""
     margin_gb: float = 8.0
     """GPU memory that servers leave free beside the trainer, unless `[sglang]` sets `mem_fraction_static`."""
     bucket_mb: int = 256

@@ -40,6 +40,7 @@ from miles_spec.kernels.attention import NAME
 from miles_spec.kernels.layout import PackedLayout
 from miles_spec.provenance import check, commit, write_result
 from miles_spec.train.megatron_args import MegatronArguments
+from miles_spec.train.memory import TrainingMemoryError
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import PackedBatch, RunError
 
@@ -237,7 +238,7 @@ class Bench:
         full = False
         try:
             row = self._row(row, *self._steps(case, batches))
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, TrainingMemoryError):
             full = True
         if full:  # not above, where the error still holds what it was raised in
             row = replace(row, note="out of memory")

@@ -68,14 +68,14 @@ def test_torch_backend_is_measured_with_and_without_a_draft(
 
 @ON_CPU
 def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = TorchTrainer.step
+    forward = TorchTrainer._forward
 
-    def fails(self: TorchTrainer, batches: Any) -> Any:
+    def fails(self: TorchTrainer, *inputs: Any) -> Any:
         if self.draft is not None:
             raise torch.OutOfMemoryError("injected")
-        return step(self, batches)
+        return forward(self, *inputs)
 
-    monkeypatch.setattr(TorchTrainer, "step", fails)
+    monkeypatch.setattr(TorchTrainer, "_forward", fails)
     rows = tiny(tokens=(256, 128))
     assert [r.note for r in rows] == ["", "out of memory"] * 2
     assert [r.step_s is None for r in rows] == [False, True] * 2
@@ -125,20 +125,20 @@ def _full(arguments: Any, result: Path) -> str:
     """A bench whose ranks run out of memory with a draft; the error."""
     from miles_spec.train.megatron import MegatronTrainer
 
-    step = MegatronTrainer.step
+    logprobs = MegatronTrainer._logprobs
 
-    def fails(self: MegatronTrainer, batches: Any) -> Any:
+    def fails(self: MegatronTrainer, *inputs: Any) -> Any:
         if self.has_draft:
             raise torch.OutOfMemoryError("injected")
-        return step(self, batches)
+        return logprobs(self, *inputs)
 
-    MegatronTrainer.step = fails  # type: ignore[method-assign]
+    MegatronTrainer._logprobs = fails  # type: ignore[method-assign]
     try:
         _bench(arguments, {"result": result}, {})
     except RunError as error:
         return str(error)
     finally:
-        MegatronTrainer.step = step  # type: ignore[method-assign]
+        MegatronTrainer._logprobs = logprobs  # type: ignore[method-assign]
     return ""
 
 

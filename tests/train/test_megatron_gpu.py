@@ -35,7 +35,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 }
 TERMS = {torch.float32: 1e-4, torch.bfloat16: 0.02}
 """Relative distance of losses and entropy after each of three steps."""
-UPDATE = {torch.float32: 0.01, torch.bfloat16: 0.5}
+UPDATE = {torch.float32: 1e-4, torch.bfloat16: 0.15}
 """Norm of the difference between two updates of all weights, over that of one: Adam makes as much of a gradient that is
 all rounding as of any other."""
 
