@@ -178,7 +178,7 @@ class DraftConfig:
     """`ramp` goes from KL to end-to-end TV."""
     ramp_steps: int = 100
     """Draft steps from pure KL to pure TV."""
-    lr: float = 3e-4
+    lr: float = 3e-5
     """Learning rate of the draft."""
     lr_warmup_steps: int = 20
     """Draft steps, those of a warm start included, over which it rises from 0: Adam's first steps move every weight by
