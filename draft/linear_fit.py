@@ -50,10 +50,8 @@ class LinearFit:
         targets = draft_targets(tokens, torch.zeros_like(tokens, dtype=torch.bool), layout, 1)
         embed = vocab_rows(embed_weight, targets.inputs[0], group)
         x = self._head.join(embed[None].to(states.dtype), states[None], targets.positions)[0]
-        after = shift(states, layout, 1)
-        rows = targets.keys
-        parts = [x[rows], torch.ones_like(x[rows][:, : int(self._head.spec.fc_bias)]), after[rows]]
-        both = torch.cat([part.double() for part in parts], dim=1)
+        x, after = (part[targets.keys].double() for part in (x, shift(states, layout, 1)))
+        both = torch.cat([x, x.new_ones(len(x), int(self._head.spec.fc_bias)), after], dim=1)
         self._moments += both[:, : len(self._moments)].T @ both
 
     @torch.no_grad()

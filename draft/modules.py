@@ -214,6 +214,10 @@ class DraftHead(nn.Module):
         """
         return {name: self.spec.name_of(name) for name in self.state_dict() if name != "vocab_ids"}
 
+    def exported(self) -> dict[str, Tensor]:
+        """All that is trained, under its names in a checkpoint; detached, not copied."""
+        return {self.spec.name_of(name): parameter.detach() for name, parameter in self.named_parameters()}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DraftHead:
         # rotary frequencies must stay float32 and filled in: in half precision they are wrong at long positions
         kept = dict(self.rotary.named_buffers())

@@ -70,11 +70,10 @@ def unroll(
     host.
 
     `embed_weight` `[V, H]`, or with the TP group `group` this rank's share of it, and `states` `[T, S]`, the target's
-    that `head` reads, must not require a gradient. A depth
-    with a layer of its own runs every row, since prompts serve as keys; a row without that token in its segment runs on
-    whatever token its target names, and only rows that do not count attend to it. Deeper depths run, of each piece, the
-    rows from the first that counts to the end: one set for all of them. What rows that do not count return is finite
-    and means nothing.
+    that `head` reads, must not require a gradient. A depth with a layer of its own runs every row, since prompts serve
+    as keys; a row without that token in its segment runs on whatever token its target names, and only rows that do not
+    count attend to it. Deeper depths run, of each piece, the rows from the first that counts to the end: one set for
+    all of them. What rows that do not count return is finite and means nothing.
     """
     assert not states.requires_grad and not embed_weight.requires_grad
     depths, size = targets.mask.shape

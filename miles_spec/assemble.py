@@ -39,6 +39,7 @@ from miles_spec.rollout.engine import Engine
 from miles_spec.rollout.speculation import CostModel, calibrate
 from miles_spec.serving import Serving, Weights
 from miles_spec.sync.session import Gathered, Syncer
+from miles_spec.sync.session import Weights as Sent
 from miles_spec.sync.transports import InProcess
 from miles_spec.train import ranks as followers
 from miles_spec.train.megatron_args import MegatronArguments
@@ -107,18 +108,24 @@ class Run:
         sent, a few at a time. They are brought back if a server needs them while responses are made."""
         if self.trainer.asleep:
             self.trainer.wake([tag for tag in self.config.train.offload if tag not in NOT_PUSHED])
-        weights = Weights(version=self.trainer.version, target={})
         if self.draft is not None:
             self._refresh(self.draft)
-            weights = replace(weights, draft_version=self.trainer.draft_version)
+        target: Sent
+        draft: Sent | None
         if isinstance(self.trainer, Leader):
-            return self._gathered(weights)
-        target = dict(self._target())
-        draft = None if self.draft is None else self.draft_weights(self.draft, target)
-        return replace(weights, target=target, draft=draft)
+            target, draft = self._gathered()
+        else:
+            target = whole = dict(self._target())
+            draft = None if self.draft is None else self.draft_weights(self.draft, whole)
+        return Weights(
+            version=self.trainer.version,
+            target=target,
+            draft_version=None if draft is None else self.trainer.draft_version,
+            draft=draft,
+        )
 
-    def _gathered(self, weights: Weights) -> Weights:
-        """With the tensors of all ranks, which come when they are sent, the target's first."""
+    def _gathered(self) -> tuple[Gathered, Gathered | None]:
+        """Target and draft of all ranks, which come when they are sent, the target first."""
         kept: dict[str, Tensor] = {}
 
         def target() -> Iterator[tuple[str, Tensor]]:
@@ -131,11 +138,8 @@ class Run:
             assert self.draft is not None
             return self.draft_weights(self.draft, kept).items()
 
-        return replace(
-            weights,
-            target=Gathered(shapes=self.shapes["target"], tensors=target),
-            draft=None if self.draft is None else Gathered(shapes=self.shapes["draft"], tensors=draft),
-        )
+        drafted = None if self.draft is None else Gathered(shapes=self.shapes["draft"], tensors=draft)
+        return Gathered(shapes=self.shapes["target"], tensors=target), drafted
 
     def _target(self) -> Iterator[tuple[str, Tensor]]:
         """As the engine takes it."""
@@ -146,13 +150,12 @@ class Run:
         """The tensors that the engine needs to serve `draft` beside `target`."""
         if self.serving is not None:
             return dict(served_tensors(draft, target.get(self.head_name)))
-        return named_as_exported(draft)
+        return draft.exported()
 
     @torch.no_grad()
     def _refresh(self, draft: DraftHead) -> None:
         """Gives it the trained weights, unless they are its own."""
-        parameters = dict(draft.named_parameters())
-        own = {exported: parameters[name] for name, exported in draft.export_names.items() if name in parameters}
+        own = draft.exported()
         for name, tensor in self.trainer.weights("draft"):
             if own[name].data_ptr() != tensor.data_ptr():
                 own[name].copy_(tensor)
@@ -343,12 +346,12 @@ def _assemble(
     # a trainer may cut its model up
     head = models.head_weight(loaded.model)
     head_name = next(name for name, parameter in loaded.model.named_parameters() if parameter is head)
-    drafted = {} if draft is None else dict(served_tensors(draft, head))
     target = served_target(loaded.model) if serving is not None else models.stored_tensors(loaded.model).items()
     shapes: dict[Role, dict[str, tuple[int, ...]]] = {"target": {name: tuple(t.shape) for name, t in target}}
+    drafted: dict[str, Tensor] = {}
     if draft is not None:
-        taken = drafted if serving is not None else named_as_exported(draft)
-        shapes["draft"] = {name: tuple(t.shape) for name, t in taken.items()}
+        drafted = draft.exported() if serving is None else dict(served_tensors(draft, head))
+        shapes["draft"] = {name: tuple(t.shape) for name, t in drafted.items()}
     if config.train.offload:
         engine.release()
     trainer = start_trainer(config, loaded, draft, ranks)
@@ -409,12 +412,6 @@ def embedded(config: RunConfig, loaded: models.Loaded, max_context: int) -> Embe
         max_context=max_context,
         prefill_chunk_tokens=config.rollout.prefill_chunk_tokens,
     )
-
-
-def named_as_exported(draft: DraftHead) -> dict[str, Tensor]:
-    """What the embedded engine takes of a draft."""
-    names = draft.export_names
-    return {names[name]: parameter.detach() for name, parameter in draft.named_parameters()}
 
 
 def untrained(loaded: models.Loaded) -> Weights:

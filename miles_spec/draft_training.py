@@ -192,7 +192,7 @@ class Training:
         return summary
 
     def _first(self, tokens: int) -> list[Sample]:
-        """Responses that have, with their prompts, so many tokens together, or one less."""
+        """The first responses that have, with their prompts, at most so many tokens together; at least one."""
         lengths = accumulate(len(s.prompt.tokens) + len(s.completion.tokens) for s in self._seen)
         return [sample for sample, total in zip(self._seen, lengths, strict=True) if total <= tokens] or self._seen[:1]
 

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.multi_token_prediction import (
@@ -120,31 +119,7 @@ class StockTrainer:
         self.lr, self.device, self.arguments = config.train.lr, device, arguments
         self.module = StockModel(transformer, hf_config).to(device)
         self._draw()
-        self.model = DistributedDataParallel(
-            config=transformer,
-            ddp_config=DistributedDataParallelConfig(
-                **{"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, **arguments.ddp}
-            ),
-            module=self.module,
-        )
-        train = config.train
-        self.optimizer = PolicyOptimizer(
-            self.model,
-            OptimizerConfig(
-                **{
-                    "optimizer": "adam",
-                    "lr": 0.0,
-                    "weight_decay": train.weight_decay,
-                    "adam_beta1": train.betas[0],
-                    "adam_beta2": train.betas[1],
-                    "clip_grad": train.clip,
-                    "params_dtype": dtype,
-                    "bf16": dtype == torch.bfloat16,
-                    "use_distributed_optimizer": True,
-                    **arguments.optimizer,
-                }
-            ),
-        )
+        self.optimizer = PolicyOptimizer(self.module, arguments, config.train, dtype)
         transformer.finalize_model_grads_func = finalize_model_grads
 
     def _draw(self) -> None:
@@ -158,14 +133,15 @@ class StockTrainer:
                     parameter.fill_(1.0)
 
     def step(self, batches: Sequence[PackedBatch]) -> float:
-        """One optimizer step; the mean loss over sampled tokens of this rank's micro-batches, without MTP's. Packs must
-        be a multiple of the data-parallel ranks and, with sequence parallelism, long multiples of the others."""
+        """One optimizer step; the mean loss over sampled tokens of this rank's micro-batches, without MTP's. There must
+        be as many packs for each data-parallel rank and, with sequence parallelism, as many tokens of a pack for each
+        tensor-parallel one."""
         self.optimizer.zero()
         mine = divide(batches, self.arguments.dp)[parallel_state.get_data_parallel_rank()]
         reported = get_forward_backward_func()(
             forward_step_func=_forward,
             data_iterator=iter(mine),
-            model=[self.model],
+            model=[self.optimizer.model],
             num_microbatches=len(mine),
             seq_length=1,  # of every micro-batch its own
             micro_batch_size=1,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import math
 import os
 import statistics
 import time
@@ -374,23 +375,17 @@ def _ranks(megatron: bool) -> Iterator[torch.device]:
     Raises `ValueError` on a host with too few GPUs.
     """
     cuda = torch.cuda.is_available()
-    kind = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    made = False
-    if not dist.is_initialized():
-        made = True
-        if "RANK" in os.environ:
-            local = int(os.environ["LOCAL_RANK"])
-            if cuda and local >= torch.cuda.device_count():
-                raise ValueError(
-                    f"rank {local} needs a GPU, and this host has {torch.cuda.device_count()}; start fewer"
-                )
-            if cuda:
-                torch.cuda.set_device(local)
-            dist.init_process_group(kind)
-        elif megatron:
-            dist.init_process_group("nccl" if cuda else "gloo", store=HashStore(), rank=0, world_size=1)
-        else:
-            made = False
+    started = "RANK" in os.environ
+    made = not dist.is_initialized() and (started or megatron)
+    if made and started:
+        local = int(os.environ["LOCAL_RANK"])
+        if cuda and local >= torch.cuda.device_count():
+            raise ValueError(f"rank {local} needs a GPU, and this host has {torch.cuda.device_count()}; start fewer")
+        if cuda:
+            torch.cuda.set_device(local)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    elif made:
+        dist.init_process_group("nccl" if cuda else "gloo", store=HashStore(), rank=0, world_size=1)
     yield torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     if made:  # not after an error, when other ranks may still wait in a collective
         if megatron:
@@ -412,14 +407,13 @@ def packs(count: int, tokens: int, vocab: int, device: torch.device) -> list[Pac
     for lengths in drawn:
         mask = torch.cat([torch.arange(length) >= length // 2 for length in lengths])
         signs = torch.cat([torch.full((length,), 1.0 - 2 * (i % 2)) for i, length in enumerate(lengths)])
-        values = torch.full((tokens,), float(vocab)).log().neg() * mask
         out.append(
             PackedBatch(
                 layout=PackedLayout.make(lengths, device),
                 tokens=torch.randint(vocab, (tokens,), generator=generator).to(device),
                 loss_mask=mask.to(device),
                 advantages=(signs * mask).to(device),
-                rollout_logprobs=values.to(device),
+                rollout_logprobs=(-math.log(vocab) * mask).to(device),
                 weights=(mask / sampled).to(device),
             )
         )

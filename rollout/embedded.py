@@ -28,7 +28,7 @@ from miles_spec.draft import states
 from miles_spec.draft.modules import DraftHead
 from miles_spec.kernels.attention import Attend
 from miles_spec.models import cast, check_supported, embed_weight, head_weight, stored_tensors, trunk
-from miles_spec.rollout.kv_cache import RaggedCache
+from miles_spec.rollout.kv_cache import RaggedCache, row_index
 from miles_spec.rollout.sampler import Stream, draw, filtered, uniform
 from miles_spec.rollout.sequence import Sequence as Running
 from miles_spec.rollout.verify import match_choice, match_greedy, reject
@@ -231,8 +231,7 @@ class EmbeddedEngine:
         """The served tensors themselves, tied ones once."""
         served: dict[Role, dict[str, Tensor]] = {"target": stored_tensors(self.model)}
         if self.draft is not None:
-            names = self.draft.export_names
-            served["draft"] = {names[n]: p.data for n, p in self.draft.named_parameters()}
+            served["draft"] = self.draft.exported()
         return served
 
     def _refresh_heads(self) -> None:
@@ -451,7 +450,7 @@ class EmbeddedEngine:
                 before = self.draft.enter(before)
             both = torch.stack(self.draft(embed, before, positions + depth - 1, attend, depth))
             if depth < len(self._states):
-                self._states[depth][_index(rows, self._device), positions] = both[0]
+                self._states[depth][row_index(rows, self._device), positions] = both[0]
             at = last - start - offset
             inside = (at >= 0) & (at < count)
             picked = both.gather(2, at.clamp(0, count - 1)[..., None].expand(2, -1, 1, size))[:, :, 0]
@@ -514,11 +513,6 @@ class EmbeddedEngine:
         now = self._clock()
         self._times[phase] += now - self._mark
         self._mark = now
-
-
-def _index(rows: slice | Tensor, device: torch.device) -> Tensor:
-    """`[B, 1]` int64 of `rows`."""
-    return (torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows)[:, None]
 
 
 def _heads(config: Any) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class RaggedCache:
         """
         batch, count = positions.shape
         device = self.keys[0].device
-        index = (torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows)[:, None]
+        index = row_index(rows, device)
         hidden = torch.arange(longest, device=device) > positions[..., None]
         mask = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=device).masked_fill_(hidden, float("-inf"))
         groups: dict[int, Tensor] = {}
@@ -72,3 +72,8 @@ class RaggedCache:
         """Copies the first `length` entries of one row to others."""
         for store in (*self.keys, *self.values):
             store[targets, :length] = store[source, :length]
+
+
+def row_index(rows: slice | Tensor, device: torch.device) -> Tensor:
+    """`[B, 1]` int64 of `rows`, for indexing beside positions `[B, q]`."""
+    return (torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows)[:, None]

@@ -38,6 +38,7 @@ FLUSH_S = 30.0
 STACKS_S = 1.0
 """For processes to write their stacks."""
 WARM_UP_TOKENS = 8
+"""Of each response that a server gives before it counts as up."""
 
 
 class SGLangServer:
@@ -106,8 +107,8 @@ class SGLangServer:
 
         One of ours has by then compiled the kernels of all kinds of requests. It serves nothing: weights have to be
         pushed, and learned before if that was not done here yet; a server that starts anew learns by itself what it was
-        told before. Raises `ValueError` for settings that cannot
-        work, and `RunError`, with the end of the log, for a server that does not come up or cannot be used.
+        told before. Raises `ValueError` for settings that cannot work, and `RunError`, with the end of the log, for a
+        server that does not come up or cannot be used.
         """
         assert self._process is None or self._process.status() is not None, "stop the server first"
         self._forget()

@@ -33,6 +33,7 @@ def changed(**settings: Any) -> RunConfig:
 
 
 def test_good_configuration_passes() -> None:
+    """`validate` raises nothing."""
     validate(GOOD)
     validate(changed(rollout__temperature=0.0, rollout__verify="greedy", draft__num_steps=1, rollout__max_context=1280))
     validate(changed(rollout__verify="rejection", draft__num_steps=16, reward__extract=r"= (\d+)", train__tis_cap=0.0))
@@ -171,9 +172,9 @@ def test_refused(settings: dict[str, Any], message: str) -> None:
     assert str(error.value) == message
 
 
-def refused(name: str, value: float) -> bool:
+def refused(name: str, value: float, **others: Any) -> bool:
     try:
-        validate(changed(**{name.replace(".", "__"): value}))
+        validate(changed(**others, **{name.replace(".", "__"): value}))
     except ValueError as error:
         return str(error).startswith(f"{name} is ")
     return False
@@ -193,6 +194,11 @@ def test_values_names_every_setting() -> None:
 
 def test_every_family_can_be_named() -> None:
     assert get_args(get_type_hints(DraftConfig)["family"]) == ("auto", *FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_layers_are_for_the_families_that_may_have_them(family: str) -> None:
+    assert refused("draft.layers", 2, draft__family=family) != FAMILIES[family].layered
 
 
 def test_resolved_choices() -> None:

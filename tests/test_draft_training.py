@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from conftest import tiny_config, tiny_model, tiny_tokenizer
 from miles_spec import checkpoint, draft_training, models
-from miles_spec.assemble import given_draft
+from miles_spec.assemble import fresh_draft, given_draft
 from miles_spec.config import RunConfig
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE
@@ -28,7 +28,7 @@ from miles_spec.draft_training import Training, train
 from miles_spec.drafts import attach, export
 from miles_spec.train.packing import pack
 from miles_spec.train.torch_trainer import TorchTrainer
-from miles_spec.types import LossTerms, PackedBatch
+from miles_spec.types import LossTerms, PackedBatch, Sample
 
 WORDS = ("alpha", "gamma", "delta", "omega")
 
@@ -361,12 +361,34 @@ def test_a_draft_that_nothing_would_serve_is_refused_before_it_is_trained(config
 
 
 def batches(config: RunConfig) -> Any:
-    samples = [lesson.sample for lesson in given(config, models.load(config.model))]
-    (packed,) = pack(
+    return packs([lesson.sample for lesson in given(config, models.load(config.model))])
+
+
+def packs(samples: Sequence[Sample]) -> Any:
+    (made,) = pack(
         samples, [0.0] * len(samples), token_budget=128, aggregation="token", max_new_tokens=24, minibatches=1,
         device="cpu",
     )  # fmt: skip
-    return packed
+    return made
+
+
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_a_fresh_draft_starts_from_least_squares_over_the_first_responses(
+    count: int, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure()
+    loaded = models.load(config.model)
+    first = split(given(config, loaded), config.offline.held_out, config.seed)[0][:count]
+    tokens = sum(len(s.prompt.tokens) + len(s.completion.tokens) for s in first)
+    monkeypatch.setattr(draft_training, "FIT_TOKENS", tokens if count > 1 else 1)  # never none
+    made = training(config).trainer.draft
+    assert made is not None
+    draft = fresh_draft(config, loaded, None)
+    before = draft.fc.weight.detach().clone()
+    TorchTrainer(loaded.model, draft, config, "cpu", policy=False).fit_draft(packs(first))
+    assert not torch.equal(draft.fc.weight, before)
+    for (name, got), expected in zip(made.draft.named_parameters(), draft.parameters(), strict=True):
+        assert torch.equal(got, expected), name
 
 
 def test_the_same_steps_as_in_the_loop(configure: Configure) -> None:

@@ -14,6 +14,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def check_state(tensors: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) -> None:
+    """Raises `ValueError` naming the first tensor that does not fit a trainer whose state has the shapes `wanted`."""
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise ValueError(f"the checkpoint lacks tensor {name!r}; it is of a run of another configuration")
+        if tuple(tensors[name].shape) != tuple(shape):
+            shapes = f"{list(tensors[name].shape)} in the checkpoint and {list(shape)} in this run"
+            raise ValueError(f"tensor {name!r} has shape {shapes}")
+    for name in tensors:
+        if name not in wanted and not name.startswith("random."):
+            raise ValueError(f"the checkpoint has tensor {name!r}, for which this run's configuration has no place")
+
+
 class Trainer(Protocol):
     """Owns the policy, its draft and their optimizers."""
 

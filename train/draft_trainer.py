@@ -11,7 +11,7 @@ import copy
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -112,15 +112,22 @@ class DraftTrainer:
         self.frozen = copy.deepcopy(self.draft).requires_grad_(False)
         self.frozen_version = self.version
 
-    def tensors(self, *, frozen: bool | None = None) -> dict[str, Tensor]:
-        """All that a checkpoint keeps, by its name there, not copies; with the frozen copy if there is one, or, to ask
-        for names and shapes, as `frozen` says."""
+    def tensors(self, *, frozen: bool = False) -> dict[str, Tensor]:
+        """All that a checkpoint keeps, by its name there, not copies; with the frozen copy if there is one. With
+        `frozen`, to ask for names and shapes, as if there were."""
         found = {f"draft.{name}": tensor for name, tensor in stored_tensors(self.draft).items()}
         found |= {f"draft_optim.{name}": tensor for name, tensor in self.optimizer.state().items()}
         if self.frozen is not None or frozen:
             kept = stored_tensors(self.draft if self.frozen is None else self.frozen)
             found |= {f"frozen.{name}": tensor for name, tensor in kept.items()}
         return found
+
+    def check_vocabulary(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises `ValueError` for a checkpoint of a draft over another vocabulary, from which other tensors of this one
+        were derived when it was made."""
+        for name, tensor in self.tensors().items():
+            if name.endswith(".vocab_ids") and not torch.equal(tensors[name].to(tensor.device), tensor):
+                raise ValueError(f"{name!r} differs: the checkpoint's draft is over another vocabulary than this run's")
 
     def fit(self, embed_weight: Tensor, lessons: Iterable[tuple[PackedBatch, Teacher]]) -> None:
         """Starts a fresh draft from the best linear function of token and state (`LinearFit`), where its family has a

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from miles_spec.config import TrainConfig
+from miles_spec.types import PackedBatch
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PolicyLoss:
@@ -89,3 +92,20 @@ def policy_loss(
         rollout_diff=torch.cat([mismatch.abs(), zero[None]]).amax(),
         ref_kl=ref_kl,
     )
+
+
+def packed_loss(batch: PackedBatch, tokens: Tensor, logprobs: Tensor, train: TrainConfig) -> tuple[Tensor, PolicyLoss]:
+    """The weighted sum `[]` over `tokens`, indices `[N]` into the batch, and what it is made of; `logprobs` `[N]` are
+    theirs."""
+    loss = policy_loss(
+        logprobs,
+        batch.advantages[tokens],
+        batch.rollout_logprobs[tokens],
+        old_logprobs=None if batch.old_logprobs is None else batch.old_logprobs[tokens],
+        ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[tokens],
+        clip_low=train.clip_low,
+        clip_high=train.clip_high,
+        tis_cap=train.tis_cap,
+        kl_coef=train.kl_coef,
+    )
+    return (batch.weights[tokens] * loss.losses).sum(), loss

@@ -25,8 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -37,8 +36,9 @@ from miles_spec.kernels.layout import PackedLayout
 from miles_spec.kernels.logprob import LogProbs, logprob
 from miles_spec.models import stored_tensors
 from miles_spec.train import megatron_weights
+from miles_spec.train.base import check_state
 from miles_spec.train.draft_trainer import DraftStep, DraftTerms, DraftTrainer, Teacher
-from miles_spec.train.losses import policy_loss
+from miles_spec.train.losses import packed_loss
 from miles_spec.train.megatron_args import MegatronArguments
 from miles_spec.train.megatron_model import build, initialize
 from miles_spec.train.megatron_optimizer import STATES, PolicyOptimizer
@@ -120,16 +120,8 @@ class MegatronTrainer(Sleeper):
         self.optimizer = None
         self._model: Any = self.policy
         if policy:
-            self._model = DistributedDataParallel(
-                config=self.policy.config,
-                ddp_config=DistributedDataParallelConfig(
-                    **{"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, **self.arguments.ddp}
-                ),
-                module=self.policy,
-            )
-            self.optimizer = PolicyOptimizer(self._model, self._optimizer_config())
-            # gradients are reduced with the last micro-batch's, however many there are
-            self.policy.config.no_sync_func = self._model.no_sync
+            self.optimizer = PolicyOptimizer(self.policy, self.arguments, config.train, dtype)
+            self._model = self.optimizer.model
             # sums, since the losses' weights hold the global denominators already
             self.policy.config.finalize_model_grads_func = lambda model, tokens, **more: finalize_model_grads(
                 model, **more
@@ -142,23 +134,6 @@ class MegatronTrainer(Sleeper):
             if self.ranks.last_stage:
                 self.draft = owner
         self.memory = Memory(config, self.device, self._held)
-
-    def _optimizer_config(self) -> OptimizerConfig:
-        train = self.config.train
-        return OptimizerConfig(
-            **{
-                "optimizer": "adam",
-                "lr": 0.0,  # every step has its own
-                "weight_decay": train.weight_decay,
-                "adam_beta1": train.betas[0],
-                "adam_beta2": train.betas[1],
-                "clip_grad": train.clip,
-                "params_dtype": self.dtype,
-                "bf16": self.dtype == torch.bfloat16,
-                "use_distributed_optimizer": True,
-                **self.arguments.optimizer,
-            }
-        )
 
     @guarded
     def step(self, batches: Sequence[PackedBatch]) -> LossTerms:
@@ -179,7 +154,8 @@ class MegatronTrainer(Sleeper):
             def work(part: _Part, hidden: Tensor, read: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
                 at = next(places)
                 out = self._logprobs(part, hidden)
-                total = self._policy_loss(part, out, tally)
+                total, loss = packed_loss(part.whole, part.tokens, out.logprob, train)
+                tally.add(out, total.detach(), loss)
                 if draft is not None and at in chosen:
                     self.memory.at("the draft's forward and backward")
                     draft.add(part.batch, self._teacher(part, hidden, read, out))
@@ -187,7 +163,7 @@ class MegatronTrainer(Sleeper):
                 return total, torch.ones((), dtype=torch.int, device=self.device), {}
 
             self._run(batches, work, train=True)
-        self.memory.at("the optimizer")
+        self.memory.at("the optimizer", 0)
         warmup = min(1.0, (self.version + 1) / max(1, train.lr_warmup_steps))
         norm = self.optimizer.step(train.lr * warmup)
         if not isfinite(norm):
@@ -244,7 +220,8 @@ class MegatronTrainer(Sleeper):
         taught = [batch for batch in batches if bool(batch.loss_mask.any())]
         if steps and not taught:
             raise ValueError("the draft cannot warm up: none of the responses has a token")
-        lessons = {id(lesson[0].whole): lesson for lesson in self._lessons(taught)} if steps else {}
+        with self.memory.told():
+            lessons = {id(lesson[0].whole): lesson for lesson in self._lessons(taught)} if steps else {}
         for step in range(steps):
             lesson = lessons.get(id(taught[step % len(taught)]))
             mine = [] if lesson is None else [lesson]
@@ -326,23 +303,9 @@ class MegatronTrainer(Sleeper):
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """See `Trainer`; all ranks are given all tensors. Also raises for a tensor that this run has no place for; no
         weight has changed when it raises."""
-        wanted = self._wanted(values)
-        for name, shape in wanted.items():
-            if name not in tensors:
-                raise ValueError(f"the checkpoint lacks tensor {name!r}; it is of a run of another configuration")
-            if tuple(tensors[name].shape) != shape:
-                shapes = f"{list(tensors[name].shape)} in the checkpoint and {list(shape)} in this run"
-                raise ValueError(f"tensor {name!r} has shape {shapes}")
-        for name in tensors:
-            if name not in wanted and not name.startswith("random."):
-                raise ValueError(f"the checkpoint has tensor {name!r}, for which this run's configuration has no place")
+        check_state(tensors, self._wanted(values))
         if self.draft is not None:
-            for name, tensor in self.draft.tensors().items():
-                # other tensors of the draft were derived from its vocabulary when it was made
-                if name.endswith(".vocab_ids") and not torch.equal(tensors[name].to(tensor.device), tensor):
-                    raise ValueError(
-                        f"{name!r} differs: the checkpoint's draft is over another vocabulary than this run's"
-                    )
+            self.draft.check_vocabulary(tensors)
         self.version = values["version"]
         if self.optimizer is not None:
             for state in STATES:
@@ -485,23 +448,6 @@ class MegatronTrainer(Sleeper):
             temperature=self.temperature,
             group=self.ranks.tensor,
         )
-
-    def _policy_loss(self, part: _Part, out: LogProbs, tally: Tally) -> Tensor:
-        whole, tokens, train = part.whole, part.tokens, self.config.train
-        loss = policy_loss(
-            out.logprob,
-            whole.advantages[tokens],
-            whole.rollout_logprobs[tokens],
-            old_logprobs=None if whole.old_logprobs is None else whole.old_logprobs[tokens],
-            ref_logprobs=None if whole.ref_logprobs is None else whole.ref_logprobs[tokens],
-            clip_low=train.clip_low,
-            clip_high=train.clip_high,
-            tis_cap=train.tis_cap,
-            kl_coef=train.kl_coef,
-        )
-        total = (whole.weights[tokens] * loss.losses).sum()
-        tally.add(out, total.detach(), loss)
-        return total
 
     def _teacher(self, part: _Part, hidden: Tensor, read: Tensor, out: LogProbs) -> Teacher:
         return Teacher(

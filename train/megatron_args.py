@@ -371,6 +371,8 @@ def _check_value(name: str, value: Any) -> None:
     hint = _types()[name]
     if not _fits(value, hint):
         raise ValueError(f"megatron.{name} must be {_words(hint)}, not {value!r}")
+    if name == "use_distributed_optimizer" and not value:
+        raise ValueError(f"megatron.{name} has to be true, which it is without being set; leave it out")
     if name == "recompute_modules" and (other := set(value) - set(_RECOMPUTED)):
         known = " and ".join(map(repr, _RECOMPUTED))
         raise ValueError(

@@ -108,7 +108,7 @@ class Policy(GPTModel):
                 module.frozen_expert_bias = True  # as in the torch trainer
 
     def tap(self, layers: Sequence[int]) -> None:
-        """Has each forward keep the states after these layers of this stage, counted from 0, for `tapped`."""
+        """Has each forward keep the states after these layers of this stage, counted from 0, until `tapped`."""
         for index, layer in enumerate(layers):
             self.decoder.layers[layer].register_forward_hook(partial(self._keep, index))
 
@@ -118,10 +118,11 @@ class Policy(GPTModel):
 
     def tapped(self, layout: PackedLayout) -> Tensor | None:
         """`[T, n H]`, detached: the states that the last forward, over `layout`, had after the `n` tapped layers, side
-        by side and whole on every tensor-parallel rank; None if there are none."""
+        by side and whole on every tensor-parallel rank; None if there are none. They are kept no longer."""
         if not self._tapped:
             return None
         states = [self._tapped[index] for index in range(len(self._tapped))]
+        self._tapped.clear()
         if self.config.sequence_parallel:
             with torch.no_grad():
                 states = [gather_from_sequence_parallel_region(x, group=self.pg_collection.tp) for x in states]

@@ -1,4 +1,5 @@
-"""Megatron's distributed optimizer over the policy, with our guard, and its state parameter by parameter.
+"""Megatron's gradient buffers and distributed optimizer over the policy, with our guard, and its state parameter by
+parameter.
 
 Invariant: a gradient that is not finite changes neither weights nor moments, on any rank.
 
@@ -14,21 +15,44 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor, nn
+
+from miles_spec.config import TrainConfig
+from miles_spec.train.megatron_args import MegatronArguments
+from miles_spec.train.megatron_model import Policy
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 """Of each parameter, all float32: the weight itself and AdamW's moments."""
 
 
 class PolicyOptimizer:
-    """AdamW over the shards of one model."""
+    """AdamW over the shards of one policy."""
 
-    def __init__(self, model: Any, config: OptimizerConfig) -> None:
-        """`model` is wrapped in Megatron's `DistributedDataParallel`; `config.weight_decay` and `clip_grad` hold."""
-        assert config.use_distributed_optimizer and config.optimizer == "adam"
-        self.model, self.config = model, config
-        self.optimizer = get_megatron_optimizer(config, [model])
+    def __init__(self, policy: Policy, arguments: MegatronArguments, train: TrainConfig, dtype: torch.dtype) -> None:
+        """`dtype` is that of the policy's weights."""
+        sharded = {"use_distributed_optimizer": True}
+        self.model = DistributedDataParallel(
+            config=policy.config,
+            ddp_config=DistributedDataParallelConfig(**{**sharded, "grad_reduce_in_fp32": True, **arguments.ddp}),
+            module=policy,
+        )
+        """What runs forward and backward."""
+        # gradients are reduced with the last micro-batch's, however many there are
+        policy.config.no_sync_func = self.model.no_sync
+        self.config = OptimizerConfig(
+            optimizer="adam",
+            lr=0.0,  # every step has its own
+            weight_decay=train.weight_decay,
+            adam_beta1=train.betas[0],
+            adam_beta2=train.betas[1],
+            clip_grad=train.clip,
+            params_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            **{**sharded, **arguments.optimizer},
+        )
+        self.optimizer = get_megatron_optimizer(self.config, [self.model])
         self.steps = 0
         # dense and expert parameters have optimizers of their own
         self._parts = [
@@ -56,6 +80,9 @@ class PolicyOptimizer:
         for group in (*self.model.bucket_groups, *self.model.expert_parallel_bucket_groups):
             if len(group.per_param_grad_ready_counts) < len(group.params):  # cut off in its last backward
                 group.per_param_grad_ready_counts = {}
+            if group.grad_reduce_handle is not None:  # cut off between this group's gradients and another's
+                group.grad_reduce_handle.wait()
+                group.grad_reduce_handle = None
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
 

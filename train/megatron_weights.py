@@ -256,12 +256,12 @@ class _Place(NamedTuple):
 def _gather(
     policy: Policy, shapes: Mapping[str, tuple[int, ...]], select: Select
 ) -> Iterator[tuple[str, Tensor | None]]:
-    own = select(next(policy.parameters()))
+    like = select(next(policy.parameters())).new_empty(0)
     # all ranks start together: the first messages between two of them must not be a group's first
-    homes = _Home.every(own.device)
+    homes = _Home.every(like.device)
     for name, shape in shapes.items():
         place = _Place.of(name, policy.config)
-        yield name, _collect(policy, place, homes, shape, select, own.float() if place.kind.buffer else own)
+        yield name, _collect(policy, place, homes, shape, select, like.float() if place.kind.buffer else like)
 
 
 def _collect(

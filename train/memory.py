@@ -79,8 +79,8 @@ class Memory:
 
     def wake(self, tags: Collection[str] | None = None) -> None:
         """Brings back what is away, or those of `tags`; gradients, which are 0 then, come with everything only."""
-        self.at("taking back what train.offload had moved away")
-        with self._told():
+        self.at("taking back what train.offload had moved away", 0)
+        with self.told():
             for tag in [tag for tag in self._away if tags is None or tag in tags]:
                 for storage, size in self._away[tag]:
                     storage.resize_(size)
@@ -99,11 +99,11 @@ class Memory:
         assert not away, f"the trainer sleeps ({', '.join(away)}): wake it first"
 
     def at(self, phase: str, tokens: int | None = None) -> None:
-        """Says what is done from now on, on a micro-batch of so many tokens, or on the same as before."""
+        """Says what is done from now on, on a micro-batch of so many tokens (0: on none), or on the same as before."""
         self._at = phase, self._at[1] if tokens is None else tokens
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def told(self) -> Iterator[None]:
         """Says of an error of memory what is to be done."""
         try:
             yield
@@ -127,7 +127,8 @@ class Memory:
         if tokens:
             advice.append(f"lower train.token_budget ({train.token_budget})")
             if train.backend == "megatron":
-                advice.append("set recompute_granularity in [megatron]")
+                if not any(name.startswith("recompute") for name in self._config.megatron):
+                    advice.append("set recompute_granularity in [megatron]")
             elif not train.gradient_checkpointing:
                 advice.append("set train.gradient_checkpointing")
         if self._config.rollout.engine == "sglang":
@@ -193,7 +194,7 @@ def guarded(method: F) -> F:
     def call(self: Sleeper, *args: Any, **options: Any) -> Any:
         self.memory.need()
         self.memory.at(f"`{method.__name__}`", 0)
-        with self.memory._told():
+        with self.memory.told():
             return method(self, *args, **options)
 
     return cast(F, call)

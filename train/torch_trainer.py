@@ -34,6 +34,7 @@ from miles_spec.kernels.attention import PackedAttention
 from miles_spec.kernels.logprob import LogProbs, logprob
 from miles_spec.models import cast, embed_weight, head_weight, stored_tensors, trunk
 from miles_spec.train import fsdp
+from miles_spec.train.base import check_state
 from miles_spec.train.draft_trainer import (
     DraftRanks,
     DraftStep,
@@ -42,7 +43,7 @@ from miles_spec.train.draft_trainer import (
     Teacher,
     autocast,
 )
-from miles_spec.train.losses import policy_loss
+from miles_spec.train.losses import packed_loss
 from miles_spec.train.memory import GRADIENTS, Memory, Sleeper, guarded, held_by
 from miles_spec.train.optimizer import AdamW
 from miles_spec.train.packing import divide
@@ -117,8 +118,7 @@ class TorchTrainer(Sleeper):
         """One optimizer step of policy and draft over all micro-batches of one minibatch.
 
         One rank skips a micro-batch without sampled tokens; without any at all the policy's gradient is 0. The draft
-        learns from `draft.share` of them. The terms'
-        `draft_seconds` include the estimate of the frozen draft.
+        learns from `draft.share` of them. The terms' `draft_seconds` include the estimate of the frozen draft.
 
         Raises `FloatingPointError` if the policy's gradient is not finite; no weight has changed then. A draft whose
         gradient is not finite keeps its weights, and `draft_grad_norm` says so.
@@ -135,25 +135,14 @@ class TorchTrainer(Sleeper):
         for at, (batch, tokens) in enumerate(sampled):
             self.memory.at("the policy's forward", len(batch.tokens))
             hidden, read, out = self._forward(self.model, self._head, batch, tokens)
-            loss = policy_loss(
-                out.logprob,
-                batch.advantages[tokens],
-                batch.rollout_logprobs[tokens],
-                old_logprobs=None if batch.old_logprobs is None else batch.old_logprobs[tokens],
-                ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[tokens],
-                clip_low=train.clip_low,
-                clip_high=train.clip_high,
-                tis_cap=train.tis_cap,
-                kl_coef=train.kl_coef,
-            )
-            total = (batch.weights[tokens] * loss.losses).sum()
+            total, loss = packed_loss(batch, tokens, out.logprob, train)
             self.memory.at("the policy's backward")
             total.backward()
             tally.add(out, total.detach(), loss)
             if draft is not None and at in chosen and len(tokens):
                 self.memory.at("the draft's forward and backward")
                 draft.add(batch, _teacher(hidden, read, out, tokens))
-        self.memory.at("the optimizer")
+        self.memory.at("the optimizer", 0)
         warmup = min(1.0, (self.version + 1) / max(1, train.lr_warmup_steps))
         norm = self.optimizer.step(train.lr * warmup)
         if not isfinite(norm):
@@ -203,7 +192,8 @@ class TorchTrainer(Sleeper):
         Raises `ValueError` without a draft, or without a sampled token to learn from.
         """
         self.memory.need()
-        lessons = {id(lesson[0]): lesson for lesson in self._taught(batches)}
+        with self.memory.told():
+            lessons = {id(lesson[0]): lesson for lesson in self._taught(batches)}
         turns = [id(batch) for batch in batches if batch.loss_mask.any()]
         if steps and not turns:
             raise ValueError("the draft cannot warm up: none of the responses has a token")
@@ -279,19 +269,10 @@ class TorchTrainer(Sleeper):
         if self.draft is not None and values.get("draft_frozen_version") is not None and self.draft.frozen is None:
             self.draft.freeze()
         owned = self._owned()
-        for name, tensor in {**owned, "random.cpu": torch.get_rng_state()}.items():
-            if name not in tensors:
-                raise ValueError(f"the checkpoint lacks tensor {name!r}; it is of a run of another configuration")
-            loaded = tensors[name]
-            if loaded.shape != tensor.shape:
-                shapes = f"{list(loaded.shape)} in the checkpoint and {list(tensor.shape)} in this run"
-                raise ValueError(f"tensor {name!r} has shape {shapes}")
-            # other tensors of the draft were derived from its vocabulary when it was made
-            if name.endswith(".vocab_ids") and not torch.equal(loaded.to(tensor.device), tensor):
-                raise ValueError(f"{name!r} differs: the checkpoint's draft is over another vocabulary than this run's")
-        for name in tensors:
-            if name not in owned and not name.startswith("random."):
-                raise ValueError(f"the checkpoint has tensor {name!r}, for which this run's configuration has no place")
+        wanted = {**owned, "random.cpu": torch.get_rng_state()}
+        check_state(tensors, {name: tensor.shape for name, tensor in wanted.items()})
+        if self.draft is not None:
+            self.draft.check_vocabulary(tensors)
         for name, tensor in owned.items():
             fsdp.fill(tensor, tensors[name])
         self.version = values["version"]

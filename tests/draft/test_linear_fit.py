@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import LlamaConfig
 
+from conftest import tiny_config
 from distributed import Ranks
 from miles_spec.draft.linear_fit import RIDGE, LinearFit
 from miles_spec.draft.modules import DraftHead
@@ -18,15 +18,7 @@ LENGTHS = [5, 1, 9, 2, 14]
 
 
 def _head(family: str, layers: int = 1) -> DraftHead:
-    config = LlamaConfig(
-        vocab_size=31,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
+    config = tiny_config("llama", vocab_size=31, hidden_size=8, head_dim=2)
     torch.manual_seed(3)
     head = DraftHead(FAMILIES[family], config, layers=layers)
     for name, parameter in head.named_parameters():

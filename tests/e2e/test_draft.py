@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from e2e.conftest import Configure, Said, lines
-from miles_spec import checkpoint, cli
+from miles_spec import checkpoint, cli, models
+from miles_spec.assemble import assemble, fresh_draft
 from miles_spec.draft.load import inspect
+from miles_spec.live import LiveTable
 from miles_spec.settings import dump
 
 
@@ -70,3 +72,13 @@ def test_a_layer_for_each_depth_is_trained_and_served(configure: Configure, tmp_
     assert saved is not None
     before, after = (saved.tensors[f"{which}.deeper.0.fc.weight"] for which in ("frozen", "draft"))
     assert not torch.equal(before, after)
+
+
+@pytest.mark.usefixtures("rewards")
+def test_a_fresh_draft_starts_from_least_squares_over_the_first_responses(configure: Configure, tmp_path: Path) -> None:
+    config = configure(tmp_path, draft__warmup_steps=0)
+    draft = assemble(config, LiveTable(steps=config.steps)).draft
+    assert draft is not None
+    before = dict(fresh_draft(config, models.load(config.model), None).named_parameters())
+    changed = {name for name, parameter in draft.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {"fc.weight", "fc.bias"}

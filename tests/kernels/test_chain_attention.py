@@ -232,7 +232,7 @@ def test_a_depth_does_not_wait_for_the_gpu() -> None:
     depths = [_qkv(n, d, torch.bfloat16, "cuda", (8, 2, 64)) for d, n in enumerate((60, 45, 45))]
     chain = ChainAttention(PackedLayout.make([20, 40], "cuda"), [5, 30])
     _backward(_forward(chain, depths))  # kernels are compiled
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # what waits raises
     try:
         chain = ChainAttention(PackedLayout.make([20, 40], "cuda"), [5, 30])
         outs = _forward(chain, depths)

@@ -369,7 +369,10 @@ def _aux(arguments: Any, table: Mapping[str, Any]) -> dict[str, Tensor]:
 
     model = _model("llama", layers=4)
     draft = DraftHead.attach(model, EAGLE3, None, torch.Generator().manual_seed(1))
-    return _outcome(MegatronTrainer(model, draft, replace(_run(), megatron=dict(table)), "cpu"), _packs())[2]
+    trainer = MegatronTrainer(model, draft, replace(_run(), megatron=dict(table)), "cpu")
+    drafted = _outcome(trainer, _packs())[2]
+    assert not trainer.policy._tapped  # or the last micro-batch's would stay while servers have the GPU
+    return drafted
 
 
 def _refused(arguments: Any, family: str, table: Mapping[str, Any], aux: bool) -> str:

@@ -58,6 +58,7 @@ def test_every_supported_name_is_one_of_megatrons() -> None:
         ({"tensor_model_parallel_size": True}, 2, "must be a whole number, not True"),
         ({"tensor_model_parallel_size": 0}, 2, "must be above 0, not 0"),
         ({"sequence_parallel": 1}, 2, "must be true or false, not 1"),
+        ({"use_distributed_optimizer": False}, 2, "megatron.use_distributed_optimizer has to be true"),
         ({"recompute_granularity": "most"}, 1, "must be 'full' or 'selective', not 'most'"),
         ({"recompute_modules": "mlp"}, 1, "must be a list of texts, not 'mlp'"),
         ({"recompute_modules": ["layernorm"]}, 1, "cannot have 'layernorm' without Transformer Engine"),

@@ -22,7 +22,7 @@ from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE
 from miles_spec.kernels.attention import NAME
 from miles_spec.train import fsdp, memory
-from miles_spec.train.memory import GRADIENTS, TokenBudget, TrainingMemoryError
+from miles_spec.train.memory import GRADIENTS, Memory, TokenBudget, TrainingMemoryError
 from miles_spec.train.packing import pack, repack
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import PackedBatch
@@ -244,7 +244,42 @@ def test_it_says_where_and_what_to_do() -> None:
     assert subject.optimizer is not None
     with out_of_memory(subject.optimizer, "step", 1), pytest.raises(TrainingMemoryError) as error:
         subject.step(packs())
-    assert "gradient_checkpointing" not in str(error.value) and "(fleet.margin_gb, now 8)" in str(error.value)
+    assert "token_budget" not in str(error.value) and "(fleet.margin_gb, now 8)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "table", "advised"),
+    [
+        ({}, {}, "set train.gradient_checkpointing"),
+        ({"gradient_checkpointing": True}, {}, None),
+        ({"backend": "megatron"}, {}, "set recompute_granularity in [megatron]"),
+        ({"backend": "megatron"}, {"recompute-granularity": "full"}, None),
+    ],
+)
+def test_what_is_set_already_is_not_advised(given: dict[str, Any], table: dict[str, Any], advised: str | None) -> None:
+    subject = Memory(replace(run_of((), **given), megatron=table), torch.device("cpu"), lambda: {})
+    with pytest.raises(TrainingMemoryError) as error, subject.told():
+        subject.at("here", 8)
+        raise torch.OutOfMemoryError
+    between = "" if advised is None else f", or {advised}"
+    budget = f"lower train.token_budget ({TrainConfig().token_budget})"
+    assert f"{budget}{between}, or train on more ranks" in str(error.value)
+
+
+def test_running_out_in_a_warm_start_is_told_too() -> None:
+    subject = trainer(run_of(()))
+    with out_of_memory(subject, "_forward", 2), pytest.raises(TrainingMemoryError) as error:
+        next(subject.warm_draft(packs(), 1))
+    assert str(error.value).startswith("out of memory in the policy's forward, with a micro-batch of")
+
+
+def test_running_out_on_waking_is_not_a_micro_batchs_fault() -> None:
+    subject = trainer(run_of())
+    subject.step(packs())
+    subject.sleep(TAGS)
+    with out_of_memory(subject.memory, "_settle", 1), pytest.raises(TrainingMemoryError) as error:
+        subject.wake()
+    assert "had moved away: the trainer holds" in str(error.value) and "token_budget" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -318,12 +353,11 @@ def _megatron_retry(arguments: Any, table: dict[str, Any]) -> int:
         made.append(MegatronTrainer(model, _draft(model), replace(run_of(()), megatron=table), "cpu"))
     subject, other = made
     survived = 0
-    # the second: in the last micro-batch's backward, before any step was whole
-    for fault in (out_of_memory(subject, "_logprobs", 2), _last_backward(subject, len(packs()))):
-        with fault, pytest.raises(TrainingMemoryError) as error:
-            subject.step(packs())
-        survived += error.value.survivable
-    for _ in range(2):
+    for _ in range(2):  # before any step was whole, and after
+        for fault in (out_of_memory(subject, "_logprobs", 2), _last_backward(subject, len(packs()))):
+            with fault, pytest.raises(TrainingMemoryError) as error:
+                subject.step(packs())
+            survived += error.value.survivable
         got, expected = (repr(replace(each.step(repack(packs(), 8)), draft_seconds=0.0)) for each in made)
         assert got == expected
         assert_same(subject.state()[0], other.state()[0])
@@ -349,9 +383,13 @@ def _last_backward(subject: Any, count: int) -> Iterator[None]:
 
 
 @megatron_cpu.installed
-@pytest.mark.parametrize("table", [{}, {"overlap_grad_reduce": True}], ids=["plain", "overlap"])
+@pytest.mark.parametrize(
+    "table",
+    [{}, {"overlap_grad_reduce": True}, {"overlap_grad_reduce": True, "bucket_size": 1}],
+    ids=["plain", "overlap", "overlap by parameter"],
+)
 def test_a_step_of_megatron_that_is_given_up_leaves_no_trace(table: dict[str, Any]) -> None:
-    assert megatron_cpu.run(_megatron_retry, table, 1, table) == [2]
+    assert megatron_cpu.run(_megatron_retry, table, 1, table) == [4]
 
 
 def _numbers_of_micro_batches(arguments: Any, table: dict[str, Any]) -> dict[str, Tensor]:
