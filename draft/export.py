@@ -59,16 +59,17 @@ HEAD = "lm_head.weight"
 """Name under which a reduced head is served; a full one is the target's own memory."""
 
 ORIGIN = "miles_spec.json"
-"""File in a draft's folder that says what target it is for, and which tokens a reduced vocabulary has."""
+"""File in a draft's folder that says what target it is for, which tokens a reduced vocabulary has, and whether the
+draft is still as `miles_spec.draft.fresh` leaves it."""
 
 
-def export(head: DraftHead, folder: Path, *, dtype: torch.dtype, tokenizer: Any = None) -> None:
+def export(head: DraftHead, folder: Path, *, dtype: torch.dtype, tokenizer: Any = None, fresh: bool = False) -> None:
     """Writes what `--speculative-draft-model-path` names: `config.json`, `model.safetensors`, `ORIGIN`, and maybe
     `TOKEN_MAP`.
 
     Tensors are cast to `dtype`, the one the server runs in. A folder that is there is replaced. `tokenizer` is the
-    target's, which then is the only one that the draft loads for. Raises `ValueError` for a draft that SGLang has no
-    class for.
+    target's, which then is the only one that the draft loads for. A draft that is said to be `fresh` starts from least
+    squares where it is trained first. Raises `ValueError` for a draft that SGLang has no class for.
     """
     config = draft_config(head, dtype)
     tensors = stored_tensors(head, dtype)
@@ -78,7 +79,7 @@ def export(head: DraftHead, folder: Path, *, dtype: torch.dtype, tokenizer: Any 
     with replaced(folder) as partial:
         config.save_pretrained(partial)
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        (partial / ORIGIN).write_text(json.dumps(origin(head, tokenizer)))
+        (partial / ORIGIN).write_text(json.dumps(origin(head, tokenizer, fresh)))
         if ids is not None and not head.spec.own_head:
             # the one file that is not safetensors or JSON: SGLang reads it with torch.load, as a list of integers
             torch.save(ids.tolist(), partial / TOKEN_MAP)
@@ -195,11 +196,12 @@ def algorithm(spec: DraftSpec) -> Literal["EAGLE", "EAGLE3"]:
     return "EAGLE3" if spec.reads == "aux" else "EAGLE"
 
 
-def origin(head: DraftHead, tokenizer: Any = None) -> dict[str, Any]:
+def origin(head: DraftHead, tokenizer: Any = None, fresh: bool = False) -> dict[str, Any]:
     """What `ORIGIN` says of `head`."""
     ids = head.vocab_ids
     return {
         "family": head.spec.family,
+        "fresh": fresh,
         "target": {
             "model_type": head.target_type,
             "hidden_size": head.config.hidden_size,

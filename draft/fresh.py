@@ -8,7 +8,8 @@ Invariant: the same for the same generator state.
 - Joining by projection, `fc` mixes 0.7 of the embedding, brought to unit RMS, and 0.3 of the hidden state. So the draft
   starts as a smooth function of the newest token and the target's state, with the target's features at hand.
 - Joining in the attention, `fc` is the mean of the target's states, which the copied projections read; the embedding
-  starts at what noise lets through.
+  starts at what noise lets through. That is far from the target: `LinearFit` is the start that such a draft should
+  have.
 - The norm before the LM head is the target's final norm, or a constant of its size over states that have been through
   that; those of token and state are 1, but where the copied projections read the state. An LM head of its own is the
   target's.
@@ -47,8 +48,8 @@ def fill(head: DraftHead, target_model: PreTrainedModel, generator: torch.Genera
         if own.dim() == 1 and "norm" in name:
             module = name.removesuffix(".weight")
             fits = weight is not None and weight.shape == own.shape
-            factor = _factor(last.get_submodule(module)) if fits else torch.ones(len(own))
-            _set(layer.get_submodule(module), factor)
+            factor = norm_factor(last.get_submodule(module)) if fits else torch.ones(len(own))
+            set_norm(layer.get_submodule(module), factor)
         elif weight is not None and weight.shape == own.shape:
             own.copy_(weight)
         elif weight is not None and own.dim() == 2 and own.shape == (weight.shape[0], 2 * weight.shape[1]):
@@ -76,26 +77,26 @@ def _fill_norms(head: DraftHead, trunk: Any) -> None:
     spec = head.spec
     if spec.part_norms:
         for norm in (norm for part in head.parts for norm in (part.embed_norm, part.hidden_norm)):
-            _set(norm, torch.ones(head.config.hidden_size))
+            set_norm(norm, torch.ones(head.config.hidden_size))
     before = getattr(trunk.layers[-1], "input_layernorm", None)  # few targets have none
     if spec.joins == "attention" and before is not None:
         # what the copied projections of the hidden state were made for
-        _set(head.hidden_norm, _factor(before))
+        set_norm(head.hidden_norm, norm_factor(before))
     if spec.final_norm:
-        factor = _factor(trunk.norm)
+        factor = norm_factor(trunk.norm)
         if spec.reads == "post_norm":
             # those states have been through it: as large as it makes them is all that is wanted
             factor = factor.square().mean().sqrt().expand_as(factor)
         for part in head.parts:
-            _set(part.norm, factor)
+            set_norm(part.norm, factor)
 
 
-def _factor(norm: Any) -> Tensor:
+def norm_factor(norm: Any) -> Tensor:
     """What an RMS norm multiplies by, `[n]` float64 on the CPU."""
     return norm.weight.double().cpu() + _offset(norm)
 
 
-def _set(norm: Any, factor: Tensor) -> None:
+def set_norm(norm: Any, factor: Tensor) -> None:
     """Makes `norm` multiply by `factor`."""
     norm.weight.copy_(factor - _offset(norm))
 

@@ -48,6 +48,7 @@ def _load(found: Found, model: PreTrainedModel, tokenizer: Any) -> DraftHead:
         aux = silent_aux_layers(config.num_hidden_layers) if found.aux_layers is None else found.aux_layers
     own = config if found.format == "model" else found.layer
     head = DraftHead(spec, config, ids, aux, layer_config=own, layers=found.layers)
+    head.fresh = found.origin is not None and found.origin.get("fresh") is True
     places, stored = tensors_of(head), dict(found.tensors)
     if found.target_head and HEAD not in stored:
         with torch.no_grad():

@@ -51,6 +51,8 @@ class DraftHead(nn.Module):
     """`[Vd]` int64 ascending, the target's token ids that the draft can propose; None for all."""
     to_draft: Tensor
     """`[V]` int64, a token's index in the draft's vocabulary, -1 outside it."""
+    fresh: bool
+    """Whether no data has touched its weights yet, as `fill` leaves them."""
     layer: Any
     fc: nn.Linear
     embed_norm: nn.Module
@@ -73,7 +75,7 @@ class DraftHead(nn.Module):
         if layers < 1 or (layers > 1 and not spec.layered):
             most = "at least one layer" if spec.layered else "one layer"
             raise ValueError(f"a draft of family {spec.family!r} has {most}, not {layers}")
-        self.spec = spec
+        self.spec, self.fresh = spec, False
         self.target_type: str = target_config.model_type
         self.config = _layer_config(spec, target_config, layer_config)
         self.aux_layers = _aux_layers(spec, target_config, aux_layers)
@@ -131,6 +133,7 @@ class DraftHead(nn.Module):
         """
         head = cls(spec, target_model.config, vocab_ids, layers=layers)
         fill(head, target_model, generator or torch.Generator())
+        head.fresh = True
         parameter = next(target_model.parameters())
         return head.to(parameter.device, parameter.dtype)
 

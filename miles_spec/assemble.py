@@ -359,7 +359,7 @@ def _assemble(
     if saved is not None:
         trainer.load_state(saved.tensors, saved.values["trainer"])
     elif draft is not None:
-        for terms in _warm_start(trainer, plain, config, loaded.device):
+        for terms in _warm_start(trainer, plain, config, loaded.device, fit=draft.fresh):
             losses.append(terms.draft)
             live.phase("warm start of the draft", len(losses), draft_config.warmup_steps)
         trainer.freeze_draft()
@@ -531,9 +531,9 @@ def given_draft(config: RunConfig, loaded: models.Loaded) -> DraftHead | None:
 
 
 def _warm_start(
-    trainer: AnyTrainer, samples: Sequence[Sample], config: RunConfig, device: torch.device
+    trainer: AnyTrainer, samples: Sequence[Sample], config: RunConfig, device: torch.device, *, fit: bool
 ) -> Iterator[LossTerms]:
-    """The closed form of a fresh draft, then draft-only steps, on the policy's own rollouts."""
+    """Draft-only steps on the policy's own rollouts, with `fit` from the closed form of a fresh draft on."""
     budget = min(config.train.token_budget, WARMUP_BATCH_TOKENS)
     (batches,) = pack(
         samples,
@@ -544,6 +544,6 @@ def _warm_start(
         minibatches=1,
         device=device,
     )
-    if not config.draft.path:
+    if fit:
         trainer.fit_draft(batches)
     return trainer.warm_draft(batches, config.draft.warmup_steps)

@@ -42,8 +42,8 @@ from miles_spec.train.packing import pack
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import LossTerms, PackedBatch, Sample, SpecEstimate, StepReport
 
-FIT_TOKENS = 1 << 14
-"""Of responses with their prompts, that the closed form of a fresh draft is of."""
+FIT_TOKENS = 32
+"""Of responses with their prompts, that the closed form of a fresh draft is of, for each number in a state it reads."""
 
 
 def train(config: RunConfig, console: Console | None = None) -> Path:
@@ -121,8 +121,8 @@ class Training:
                 )
             self.trainer.load_state(saved.tensors, saved.values["trainer"])
             self.step, self._time_s = saved.step, saved.values["time_s"]
-        elif not config.draft.path:
-            self.trainer.fit_draft(self._pack(self._first(FIT_TOKENS), loaded.device))
+        elif draft.fresh:
+            self.trainer.fit_draft(self._pack(self._first(FIT_TOKENS * draft.width), loaded.device))
 
     def estimate(self) -> SpecEstimate:
         """What serving would have needed for the responses held out, with the draft as it is now."""

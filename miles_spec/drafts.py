@@ -66,7 +66,7 @@ def attach(
         ids = most_frequent(_texts(vocab_data, loaded.tokenizer), vocab_size, loaded.model.config.vocab_size)
     config = RunConfig(seed=seed, draft=DraftConfig(family=family, layers=layers))  # type: ignore[arg-type]
     head = fresh_draft(config, loaded, ids)
-    to_sglang(head, out, dtype=_dtype(dtype) or _model_dtype(model), tokenizer=loaded.tokenizer)
+    to_sglang(head, out, dtype=_dtype(dtype) or _model_dtype(model), tokenizer=loaded.tokenizer, fresh=True)
     return inspect(out)
 
 
@@ -88,6 +88,7 @@ def export(source: Path, out: Path, *, model: str = "", format: str = "sglang", 
     _check_new(out)
     if (source / "config.toml").is_file():
         head, loaded = _of_run(source, model)
+        head.fresh = False
         chosen = _dtype(dtype) or _model_dtype(loaded.model.config.name_or_path)
     else:
         if not model:
@@ -100,7 +101,7 @@ def export(source: Path, out: Path, *, model: str = "", format: str = "sglang", 
     elif format == "speculators":
         formats.to_speculators(head, out, dtype=chosen, verifier=loaded.model)
     else:
-        to_sglang(head, out, dtype=chosen, tokenizer=loaded.tokenizer)
+        to_sglang(head, out, dtype=chosen, tokenizer=loaded.tokenizer, fresh=head.fresh)
     return inspect(out)
 
 

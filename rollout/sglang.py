@@ -35,8 +35,6 @@ CONTROL_S = 120.0
 """For a control call such as a flush or the release of memory."""
 FLUSH_S = 30.0
 """For requests that were given up to end, before a flush that cannot happen is an error."""
-STACKS_S = 1.0
-"""For processes to write their stacks."""
 WARM_UP_TOKENS = 8
 """Of each response that a server gives before it counts as up."""
 
@@ -164,7 +162,6 @@ class SGLangServer:
         """Before a server of ours that does not answer is restarted: has its log say where it stands."""
         process = self._process
         if process is not None and process.status() is None and process.dump_stacks():
-            time.sleep(STACKS_S)
             log.warning(
                 "server %r: where its threads stand is at the end of %s, which a new start renames to %s.before",
                 self.name,

@@ -33,6 +33,8 @@ LAUNCH = (sys.executable, "-m", "miles_spec.rollout.launch")
 """The command that starts a server where the run file names none."""
 STARTS = 3
 """Attempts to start when another process took the port meanwhile."""
+STACKS_S = 0.5
+"""For a process to write its stacks."""
 _PORT_TAKEN = re.compile(r"address already in use|port \d+ is (not available|already in use)", re.IGNORECASE)
 
 _NOT_INHERITED = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "SGLANG_API_KEY", API_KEY, ADMIN_KEY)
@@ -125,7 +127,7 @@ class ServerProcess:
         """Has the processes of the group write the Python stacks of their threads to the log; how many were asked.
 
         Those that handle `STACKS`, which are the server's own and, from the first push on, those with a part of the
-        model. What is written by when is up to them.
+        model; one after the other, `STACKS_S` apart, since the log would mix what they write at once.
         """
         asked = 0
         for pid in _members(self.pid):
@@ -133,6 +135,7 @@ class ServerProcess:
                 if _handles(pid, STACKS):  # of any other it would be the end
                     os.kill(pid, STACKS)
                     asked += 1
+                    time.sleep(STACKS_S)
         return asked
 
     def stop(self, grace_s: float = 5.0) -> None:

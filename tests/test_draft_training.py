@@ -372,15 +372,18 @@ def packs(samples: Sequence[Sample]) -> Any:
     return made
 
 
-@pytest.mark.parametrize("count", [1, 3, 16])
+@pytest.mark.parametrize(("count", "attached"), [(1, False), (3, False), (3, True), (16, False)])
 def test_a_fresh_draft_starts_from_least_squares_over_the_first_responses(
-    count: int, configure: Configure, monkeypatch: pytest.MonkeyPatch
+    count: int, attached: bool, configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config = configure()
+    if attached:
+        attach(config.model.path, tmp_path / "attached", seed=config.seed, dtype="float32")
+        config = configure(draft__path=str(tmp_path / "attached"))
     loaded = models.load(config.model)
     first = split(given(config, loaded), config.offline.held_out, config.seed)[0][:count]
     tokens = sum(len(s.prompt.tokens) + len(s.completion.tokens) for s in first)
-    monkeypatch.setattr(draft_training, "FIT_TOKENS", tokens if count > 1 else 1)  # never none
+    monkeypatch.setattr(draft_training, "FIT_TOKENS", tokens / 32 if count > 1 else 0)  # never none
     made = training(config).trainer.draft
     assert made is not None
     draft = fresh_draft(config, loaded, None)

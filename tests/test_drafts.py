@@ -63,6 +63,8 @@ def test_attach(family: str, model: str, tmp_path: Path) -> None:
     fresh = DraftHead.attach(loaded.model, spec, None, torch.Generator().manual_seed(0))
     for name, tensor in read.state_dict().items():
         assert tensor.equal(fresh.state_dict()[name].bfloat16().float()), name
+    export(tmp_path / "draft", tmp_path / "copy", model=model)
+    assert read.fresh and load(tmp_path / "copy", loaded.model).fresh
 
 
 def test_the_seed_and_the_dtype(model: str, tmp_path: Path) -> None:
@@ -214,6 +216,7 @@ def test_export_of_a_run(run: Path, model: str, tmp_path: Path) -> None:
     loaded = models.load(ModelConfig(path=model, dtype="float32"))
     for name, tensor in load(tmp_path / "draft", loaded.model, tokenizer=loaded.tokenizer).state_dict().items():
         assert tensor.equal(saved.tensors[f"draft.{name}"]), name
+    assert not load(tmp_path / "draft", loaded.model).fresh
     export(run, tmp_path / "served")
     assert weights(tmp_path / "served")["fc.weight"].dtype == torch.bfloat16  # the model's
 

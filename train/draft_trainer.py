@@ -130,15 +130,12 @@ class DraftTrainer:
                 raise ValueError(f"{name!r} differs: the checkpoint's draft is over another vocabulary than this run's")
 
     def fit(self, embed_weight: Tensor, lessons: Iterable[tuple[PackedBatch, Teacher]]) -> None:
-        """Starts a fresh draft from the best linear function of token and state (`LinearFit`), where its family has a
-        place for one; `embed_weight` `[V, H]`, or this rank's share of it. All ranks call it, with their own
-        lessons."""
-        if self.draft.spec.joins != "projection":
-            return
+        """Starts a fresh draft from the best linear function of token and state (`LinearFit`); `embed_weight` `[V, H]`,
+        or this rank's share of it. All ranks call it, with their own lessons."""
         found = LinearFit(self.draft)
         for batch, teacher in lessons:
-            states = teacher.states.float()
-            found.add(embed_weight.detach(), states, batch.tokens, batch.layout, self.ranks.vocab)
+            states, hidden = teacher.states.float(), teacher.hidden.float()
+            found.add(embed_weight.detach(), states, hidden, batch.tokens, batch.layout, self.ranks.vocab)
         found.finish(self.ranks.rows)
 
     def choose(self, count: int) -> set[int]:

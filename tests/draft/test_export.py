@@ -168,7 +168,7 @@ def test_the_folder_says_what_target_it_is_for(tmp_path: Path) -> None:
     export(head, tmp_path / "draft", dtype=torch.float32, tokenizer=tokenizer)
     origin = json.loads((tmp_path / "draft" / ORIGIN).read_text())
     target = {"model_type": "qwen3", "hidden_size": 32, "vocab_size": 61, "tokenizer": fingerprint(tokenizer)}
-    assert origin == {"family": "eagle", "target": target, "vocab_ids": IDS.tolist()}
+    assert origin == {"family": "eagle", "fresh": False, "target": target, "vocab_ids": IDS.tolist()}
 
 
 def test_the_fingerprint_is_of_the_vocabulary() -> None:

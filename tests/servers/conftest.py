@@ -51,6 +51,7 @@ ARGUMENTS = {
     "cuda_graph_backend_decode": "disabled",
     "cuda_graph_backend_prefill": "disabled",
     "skip_server_warmup": True,
+    "sleep_on_idle": True,  # else an idle server takes a core from those that start
 }
 """What SGLang needs on a CPU, for `[sglang]`."""
 
