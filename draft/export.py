@@ -72,7 +72,7 @@ def export(head: DraftHead, folder: Path, *, dtype: torch.dtype, tokenizer: Any 
     squares where it is trained first. Raises `ValueError` for a draft that SGLang has no class for.
     """
     config = draft_config(head, dtype)
-    tensors = stored_tensors(head, dtype)
+    tensors = written_tensors(head, dtype)
     ids = head.vocab_ids
     if ids is not None and head.spec.own_head:
         tensors |= vocabulary_tensors(head)
@@ -87,12 +87,11 @@ def export(head: DraftHead, folder: Path, *, dtype: torch.dtype, tokenizer: Any 
 
 def tensors_of(head: DraftHead) -> dict[str, Tensor]:
     """Every tensor of `head` under its name in a checkpoint, detached: its own memory, each expert's for itself."""
-    named = head.state_dict()
-    named.pop("vocab_ids", None)
-    return dict(per_expert((head.spec.name_of(name), tensor) for name, tensor in named.items()))
+    stored = head.state_dict()
+    return dict(per_expert((theirs, stored[ours]) for ours, theirs in head.export_names.items()))
 
 
-def stored_tensors(head: DraftHead, dtype: torch.dtype) -> dict[str, Tensor]:
+def written_tensors(head: DraftHead, dtype: torch.dtype) -> dict[str, Tensor]:
     """Copies of `tensors_of(head)` as they are written: on the CPU, in `dtype`, a router's bias in float32."""
     router = torch.float32  # engines keep it so, whatever they serve in
     return {

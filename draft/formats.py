@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from miles_spec.draft.export import ARCHITECTURES, ORIGIN, draft_config, replaced, stored_tensors, vocabulary_tensors
+from miles_spec.draft.export import ARCHITECTURES, ORIGIN, draft_config, replaced, vocabulary_tensors, written_tensors
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE, EAGLE3, FAMILIES, MIMO, NEXTN, QWEN_MTP, DraftSpec
 
@@ -408,7 +408,7 @@ def to_specforge(head: DraftHead, folder: Path, *, dtype: torch.dtype) -> None:
     there is replaced. Raises `ValueError` for a family that SpecForge does not have."""
     if head.spec != EAGLE3:
         raise ValueError(f"SpecForge has drafts of the family eagle3, not {head.spec.family}")
-    tensors = {**stored_tensors(head, dtype), **vocabulary_tensors(head)}
+    tensors = {**written_tensors(head, dtype), **vocabulary_tensors(head)}
     with replaced(folder) as partial:
         draft_config(head, dtype).save_pretrained(partial)
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
@@ -426,7 +426,7 @@ def to_speculators(head: DraftHead, folder: Path, *, dtype: torch.dtype, verifie
     layer = draft_config(head, dtype).to_dict()
     for name in _NOT_THE_LAYERS:
         layer.pop(name, None)
-    tensors = stored_tensors(head, dtype)
+    tensors = written_tensors(head, dtype)
     config: dict[str, Any] = {
         "speculators_model_type": kinds[0],
         "transformer_layer_config": layer,

@@ -259,12 +259,8 @@ class MegatronTrainer(Sleeper):
                 yield name, nothing if tensor is None else tensor
             return
         self._need_draft()
-        if self.draft is None:
-            tensors: list[tuple[str, Tensor]] = []
-        else:
-            names = self.draft.draft.export_names
-            tensors = [(names[name], p.detach()) for name, p in self.draft.draft.named_parameters()]
-        yield from self.ranks.from_speaker(tensors, self.device)
+        tensors = {} if self.draft is None else self.draft.draft.exported()
+        yield from self.ranks.from_speaker(list(tensors.items()), self.device)
 
     @guarded
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

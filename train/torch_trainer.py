@@ -234,9 +234,7 @@ class TorchTrainer(Sleeper):
             return
         if self.draft is None:
             raise ValueError("there is no draft to export; set draft.enabled")
-        names = self.draft.draft.export_names
-        for name, parameter in self.draft.draft.named_parameters():
-            yield names[name], parameter.detach()
+        yield from self.draft.draft.exported().items()
 
     @guarded
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
