@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# One thread: the models of the fast tests are so small that a second thread only costs.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One thread: the models of the fast tests are so small that a second thread only costs. So processes share the files.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile
 
 .PHONY: help setup quickstart test test-sglang lint slow format clean
 
@@ -39,7 +39,7 @@ quickstart: .venv/smollm2
 	$(BIN)/miles-spec quickstart
 
 test: lint
-	$(PYTEST)
+	$(PYTEST) -n auto --maxprocesses 4
 
 lint: .venv/megatron
 	$(BIN)/ruff check .
@@ -55,7 +55,7 @@ slow: .venv/smollm2
 	touch $@
 
 test-sglang: .venv/installed .venv-sglang/installed
-	MILES_SPEC_SGLANG_PYTHON='$(CURDIR)/.venv-sglang/bin/python' $(PYTEST) -m sglang tests/servers
+	MILES_SPEC_SGLANG_PYTHON='$(CURDIR)/.venv-sglang/bin/python' $(PYTEST) -n 2 -m sglang tests/servers
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,7 @@
 """A real SGLang server on a CPU, with a tiny target and draft, for the tests of this folder.
 
 `make test-sglang` sets MILES_SPEC_SGLANG_PYTHON to a Python that has SGLang; without it all tests here are skipped. One
-server is started per session and repaired for each test, since a start takes half a minute.
+server is started per process of the tests and repaired for each test, since a start takes half a minute.
 """
 
 from __future__ import annotations
