@@ -33,7 +33,7 @@ from miles_spec.train.packing import pack
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import Request, Sample, SpecCounts
 
-RESULTS = Path(__file__).parent / "results"
+RESULT = Path(__file__).parent / "results" / "draft_families.json"
 RULES = ("target", "rejection")
 ESTIMATE_GOAL = 0.02
 """Relative distance of the estimate from the count, on the very responses that were counted."""
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--running", type=int, default=512)
     parser.add_argument("--budget-s", type=float, default=300.0)
+    parser.add_argument("--result", type=Path, default=RESULT, help="beside it the plot")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -69,16 +70,16 @@ def main() -> None:
                 print(row)
             # after each family, since a later one may not come to its end
             write_result(
-                RESULTS / "draft_families.json",
+                options.result,
                 "draft_families",
                 rows,
                 checks(rows, seconds, options.budget_s),
                 commit=at,
                 seconds=seconds,
-                settings=vars(options),
+                settings={k: v for k, v in vars(options).items() if k != "result"},
                 curves=curves,
             )
-            plot(curves, rows)
+            plot(curves, rows, options.result.with_suffix(".svg"))
 
 
 def checks(rows: list[dict[str, Any]], seconds: dict[str, float], budget_s: float) -> list[dict[str, Any]]:
@@ -185,7 +186,7 @@ def judged(config: RunConfig, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def plot(curves: dict[str, list[tuple[float, float]]], rows: list[dict[str, Any]]) -> None:
+def plot(curves: dict[str, list[tuple[float, float]]], rows: list[dict[str, Any]], out: Path) -> None:
     """Accept length in training by seconds, and where it ended up."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for family, points in curves.items():
@@ -201,7 +202,7 @@ def plot(curves: dict[str, list[tuple[float, float]]], rows: list[dict[str, Any]
         [g + 0.4 - width / 2 for g in range(len(groups))], [f"{kind} tasks,\n{rule}" for kind, rule in groups]
     )
     right.set(ylabel="accept length, counted", ylim=(1, None))
-    figure.savefig(RESULTS / "draft_families.svg")
+    figure.savefig(out)
 
 
 if __name__ == "__main__":

@@ -43,15 +43,16 @@ from miles_spec.provenance import check, commit, write_result
 from miles_spec.train.megatron_args import MegatronArguments
 from miles_spec.train.memory import TrainingMemoryError
 from miles_spec.train.torch_trainer import TorchTrainer
-from miles_spec.types import PackedBatch, RunError
+from miles_spec.types import LossTerms, PackedBatch, RunError
 
 BACKENDS = ("torch", "megatron")
 STOCK = "megatron stock"
 """Megatron's own path, which comes with the backend `megatron`."""
 SEGMENT_TOKENS = (512, 4096)
 """Least and most tokens of a segment."""
-DRAFT_SHARE, OVER_MTP = 0.05, 1.0
-"""The most that a draft of depth 1 takes of a step, and what its time is below in units of Megatron's MTP."""
+DRAFT_SHARE, OVER_MTP, NORM = 0.05, 1.0, 0.05
+"""The most that a draft of depth 1 takes of a step, what its time is below in units of Megatron's MTP, and the most
+that gradients' norms differ."""
 PEAKS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}
 """By a part of a GPU's name: its dense bfloat16 FLOP/s, from its data sheet."""
 
@@ -122,6 +123,8 @@ class Row:
     """Most that tensors took on any rank's GPU while it stepped."""
     host_peak_bytes: int | None = None
     """Most resident memory of any rank's process, from the making of the model on."""
+    grad_norm: float | None = None
+    """Of the policy, in the first step, which all trainers but Megatron's own path take from the same weights."""
     note: str = ""
 
 
@@ -254,8 +257,11 @@ class Bench:
                 f"{what}: out of memory on one of {self.world} ranks, and the others cannot go on without it"
             )
 
-    def _steps(self, case: Case, batches: Sequence[PackedBatch]) -> tuple[tuple[float, ...], int | None, int | None]:
-        """Seconds of each step, and the peaks of this rank's GPU and host memory."""
+    def _steps(
+        self, case: Case, batches: Sequence[PackedBatch]
+    ) -> tuple[tuple[float, ...], float | None, int | None, int | None]:
+        """Seconds of each step, the norm of the first one's gradient, and the peaks of this rank's GPU and host
+        memory."""
         host = _reset_host_peak()
         step = self._trainer(case)
         gc.collect()
@@ -264,18 +270,21 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         taken: list[float] = []
+        norm: float | None = None
         for turn in range(self._warm_ups + self._turns):
             if taken and self._late():
                 break
             if cuda:
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            step(batches)
+            terms = step(batches)
             if cuda:
                 torch.cuda.synchronize()
             if turn >= self._warm_ups:
                 taken.append(time.perf_counter() - start)
-        return tuple(taken), torch.cuda.max_memory_allocated() if cuda else None, _host_peak() if host else None
+            if turn == 0 and isinstance(terms, LossTerms):
+                norm = terms.grad_norm
+        return tuple(taken), norm, torch.cuda.max_memory_allocated() if cuda else None, _host_peak() if host else None
 
     def _trainer(self, case: Case) -> Callable[[Sequence[PackedBatch]], object]:
         """The step of a fresh trainer."""
@@ -308,7 +317,7 @@ class Bench:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(self.hf_config, attn_implementation=NAME)
         return model.eval()
 
-    def _row(self, row: Row, turns: tuple[float, ...], gpu: int | None, host: int | None) -> Row:
+    def _row(self, row: Row, turns: tuple[float, ...], norm: float | None, gpu: int | None, host: int | None) -> Row:
         median = statistics.median(turns)
         rate = None
         if self.device.type == "cuda":
@@ -323,6 +332,7 @@ class Bench:
             utilisation=rate,
             gpu_peak_bytes=gpu,
             host_peak_bytes=host,
+            grad_norm=norm,
         )
 
     def _late(self) -> bool:
@@ -477,7 +487,14 @@ def _host_peak() -> int:
 def checks(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The goals that these rows can be held against, met or not."""
     seconds = {(r.backend, r.tokens, r.depth): r.step_s for r in rows if r.step_s is not None}
+    norms = {(r.backend, r.tokens, r.depth, r.micro_batches): r.grad_norm for r in rows if r.grad_norm is not None}
     found = []
+    for (backend, *case), norm in norms.items():
+        expected = norms.get(("torch", *case))
+        if backend != "torch" and expected is not None:
+            off = abs(norm / expected - 1)
+            what = f"{case[0]} tokens, depth {case[1]}: norm of the first gradient, Megatron over torch, less 1"
+            found.append(check(what, off, f"at most {NORM:g}", off <= NORM))
     for (backend, tokens, depth), with_draft in seconds.items():
         alone = seconds.get((backend, tokens, 0))
         if backend == STOCK or depth == 0 or alone is None:

@@ -103,16 +103,18 @@ def test_a_budget_cuts_turns_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _bench(arguments: Any, given: dict[str, Any], table: dict[str, Any]) -> list[Row]:
-    return tiny(backends=("megatron",), megatron=table, turns=1, warm_ups=0, **given)
+    return tiny(backends=("torch", "megatron"), megatron=table, turns=1, warm_ups=0, **given)
 
 
 @megatron_cpu.installed
 @pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}])
 def test_megatron_and_its_own_path(layout: dict[str, Any]) -> None:
     for rows in megatron_cpu.run(_bench, layout, 2, {"depths": (1, 2)}, layout):
-        assert [(r.backend, r.depth) for r in rows] == [(b, d) for b in ("megatron", STOCK) for d in (0, 1, 2)]
+        assert [(r.backend, r.depth) for r in rows] == [(b, d) for b in ("torch", "megatron", STOCK) for d in (0, 1, 2)]
         assert all(r.step_s and not r.note for r in rows)
-        assert {r.micro_batches for r in rows} == {1 if layout else 2}
+        assert {r.micro_batches for r in rows if r.backend != "torch"} == {1 if layout else 2}
+        norms = [c["value"] for c in checks(rows) if "norm" in c["what"]]
+        assert len(norms) == (0 if layout else 3) and all(value < 1e-4 for value in norms)
 
 
 @megatron_cpu.installed
@@ -265,6 +267,9 @@ def test_checks() -> None:
     assert [c["holds"] for c in checks(slower)] == [False, False]
     assert checks([row("torch", 0, None), row("torch", 1, 1.0)]) == []
     assert checks([row("torch", 0, 1.0), row("torch", 1, 1.1, tokens=32768)]) == []
+    two = [replace(row(backend, 0, None), grad_norm=norm) for backend, norm in (("torch", 1.0), ("megatron", 1.06))]
+    assert [(c["value"], c["holds"]) for c in checks(two)] == [(pytest.approx(0.06), False)]
+    assert checks([two[0], replace(two[1], micro_batches=4)]) == []
 
 
 def test_table_shows_what_was_not_measured() -> None:
