@@ -17,7 +17,7 @@ from miles_spec.settings import load
 
 RUN_FILE = Path(__file__).resolve().parents[1] / "examples" / "quickstart.toml"
 BATCHES = (1, 2, 4)
-REQUESTS = 8
+REQUESTS = 24
 
 
 def main() -> None:
