@@ -489,11 +489,11 @@ def checks(rows: Sequence[Row]) -> list[dict[str, Any]]:
     seconds = {(r.backend, r.tokens, r.depth): r.step_s for r in rows if r.step_s is not None}
     norms = {(r.backend, r.tokens, r.depth, r.micro_batches): r.grad_norm for r in rows if r.grad_norm is not None}
     found = []
-    for (backend, *case), norm in norms.items():
-        expected = norms.get(("torch", *case))
+    for (backend, tokens, depth, count), norm in norms.items():
+        expected = norms.get(("torch", tokens, depth, count))
         if backend != "torch" and expected is not None:
             off = abs(norm / expected - 1)
-            what = f"{case[0]} tokens, depth {case[1]}: norm of the first gradient, Megatron over torch, less 1"
+            what = f"{tokens} tokens, depth {depth}: norm of the first gradient, Megatron over torch, less 1"
             found.append(check(what, off, f"at most {NORM:g}", off <= NORM))
     for (backend, tokens, depth), with_draft in seconds.items():
         alone = seconds.get((backend, tokens, 0))
