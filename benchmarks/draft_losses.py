@@ -2,8 +2,8 @@
 
     python benchmarks/draft_losses.py [--model smollm2] [--family eagle] [--losses kl ramp/target] [--budget-s 540]
 
-One set of responses sampled from the model, one fresh draft for each loss, the same steps and learning rate for all;
-those that need to know the verify rule (`tv`, `ramp`) once for each rule. Every draft is trained on all of the depths
+One set of responses sampled from the model; for each loss a draft that starts as `miles-spec draft train` starts a
+fresh one, the same steps and learning rate for all; those that need to know the verify rule (`tv`, `ramp`) once for each rule. Every draft is trained on all of the depths
 1 to 7 at once, and judged on the same held-out responses at every depth it may serve with, under every rule. Goes on
 where an earlier call has ended.
 """
@@ -23,7 +23,8 @@ from typing import Any
 from miles_spec import models
 from miles_spec.assemble import context_tokens, embedded, fresh_draft
 from miles_spec.config import DataConfig, DraftConfig, ModelConfig, OfflineConfig, RolloutConfig, RunConfig, TrainConfig
-from miles_spec.draft_data import sampled, split
+from miles_spec.draft_data import first, sampled, split
+from miles_spec.draft_training import FIT_TOKENS
 from miles_spec.provenance import check, commit, write_result
 from miles_spec.train.packing import pack
 from miles_spec.train.torch_trainer import TorchTrainer
@@ -104,6 +105,8 @@ class Study:
         assert lessons is not None
         self.seen, held_out = split(lessons, self.config.offline.held_out, self.config.seed)
         self.held_out = self._pack(held_out)
+        trainer = self._trainer(self.fresh, "target", "kl")
+        trainer.fit_draft(self._pack(first(self.seen, FIT_TOKENS * self.fresh.width)))
 
     def rows(self, loss: str) -> list[dict[str, Any]]:
         """A draft trained with `loss`, judged: a row for each rule, with the accept length of each depth."""

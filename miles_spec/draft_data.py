@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,12 @@ def split(lessons: Sequence[Lesson], share: float, seed: int) -> tuple[list[Samp
         [lesson.sample for lesson in lessons if lesson.group not in held_out],
         [lesson.sample for lesson in lessons if lesson.group in held_out],
     )
+
+
+def first(samples: Sequence[Sample], tokens: int) -> list[Sample]:
+    """The first of `samples` that have, with their prompts, at most so many tokens together; at least one."""
+    lengths = accumulate(len(s.prompt.tokens) + len(s.completion.tokens) for s in samples)
+    return [sample for sample, total in zip(samples, lengths, strict=True) if total <= tokens] or list(samples[:1])
 
 
 def given(config: RunConfig, loaded: Loaded) -> list[Lesson]:

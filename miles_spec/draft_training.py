@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from miles_spec.config import RunConfig
 from miles_spec.draft.export import export
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import FAMILIES
-from miles_spec.draft_data import Lesson, given, sampled, split
+from miles_spec.draft_data import Lesson, first, given, sampled, split
 from miles_spec.drafts import check_written
 from miles_spec.live import LiveTable
 from miles_spec.loop import due, interruptible, logged
@@ -122,7 +121,7 @@ class Training:
             self.trainer.load_state(saved.tensors, saved.values["trainer"])
             self.step, self._time_s = saved.step, saved.values["time_s"]
         elif draft.fresh:
-            self.trainer.fit_draft(self._pack(self._first(FIT_TOKENS * draft.width), loaded.device))
+            self.trainer.fit_draft(self._pack(first(self._seen, FIT_TOKENS * draft.width), loaded.device))
 
     def estimate(self) -> SpecEstimate:
         """What serving would have needed for the responses held out, with the draft as it is now."""
@@ -190,11 +189,6 @@ class Training:
         }
         write_summary(self.out, summary)
         return summary
-
-    def _first(self, tokens: int) -> list[Sample]:
-        """The first responses that have, with their prompts, at most so many tokens together; at least one."""
-        lengths = accumulate(len(s.prompt.tokens) + len(s.completion.tokens) for s in self._seen)
-        return [sample for sample, total in zip(self._seen, lengths, strict=True) if total <= tokens] or self._seen[:1]
 
     def _responses(self, step: int) -> list[Sample]:
         """Those of the step after `step`: each pass over all of them is in an order of its own."""
