@@ -3,9 +3,9 @@
     python benchmarks/draft_losses.py [--model smollm2] [--family eagle] [--losses kl ramp/target] [--budget-s 540]
 
 One set of responses sampled from the model; for each loss a draft that starts as `miles-spec draft train` starts a
-fresh one, the same steps and learning rate for all; those that need to know the verify rule (`tv`, `ramp`) once for each rule. Every draft is trained on all of the depths
-1 to 7 at once, and judged on the same held-out responses at every depth it may serve with, under every rule. Goes on
-where an earlier call has ended.
+fresh one, the same steps and learning rate for all; those that need to know the verify rule (`tv`, `ramp`) once for
+each rule. Every draft is trained on all of the depths 1 to 7 at once, and judged on the same held-out responses at
+every depth it may serve with, under every rule. Goes on where an earlier call has ended.
 """
 
 from __future__ import annotations
