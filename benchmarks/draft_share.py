@@ -1,10 +1,10 @@
-"""What does a draft lose that learns from a part of the micro-batches, and how much time does that save?
+"""What does a draft lose that learns from a part of the micro-batches, and what do more updates gain?
 
-    python benchmarks/draft_share.py                                  # shares 1, 0.5 and 0.25 of each step
-    python benchmarks/draft_share.py --shares 1 0.5 --steps 24 ...    # with settings on top
+    python benchmarks/draft_share.py                                      # the cases of the docs
+    python benchmarks/draft_share.py --cases 1,1 0.5,4 --steps 24 ...     # some, with settings on top
 
-The quickstart's run file with small micro-batches, once for each `draft.share`, one process after the other. Policy and
-responses are the same in all: neither depends on the draft, but where two tokens tie.
+The quickstart's run file with small micro-batches, once for each pair of `draft.share` and `draft.updates`, one process
+after the other. Policy and responses are the same in all: neither depends on the draft, but where two tokens tie.
 """
 
 from __future__ import annotations
@@ -25,27 +25,29 @@ RUN_FILE = ROOT / "examples" / "quickstart.toml"
 RESULT = ROOT / "benchmarks" / "results" / "draft_share.json"
 SETTINGS = ("--train.token-budget", "384")
 """About eight micro-batches a step."""
+CASES = ("1,1", "1,8", "0.5,4", "0.25,2")
 SHARE, LOSS = 0.05, 0.02
-"""The most that the draft takes of a training step, and of the accept length that a smaller share loses."""
+"""The most that the draft takes of a training step, and of the accept length that a case loses beside the first."""
 
 
 def main() -> None:
     """Runs, prints and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5, 0.25])
+    parser.add_argument("--cases", nargs="+", default=CASES, metavar="SHARE,UPDATES")
     options, settings = parser.parse_known_args()
     at, rows = commit(), []
-    for share in options.shares:
+    for case in options.cases:
+        share, updates = case.split(",")
         with tempfile.TemporaryDirectory() as folder:
-            own = ["--draft.share", str(share), "--out", str(Path(folder) / "run")]
+            own = ["--draft.share", share, "--draft.updates", updates, "--out", str(Path(folder) / "run")]
             subprocess.run([*COMMAND, "train", str(RUN_FILE), *SETTINGS, *settings, *own], check=True, cwd=ROOT)
-            rows.append(row(share, Path(folder) / "run"))
+            rows.append({"share": float(share), "updates": int(updates), **measured(Path(folder) / "run")})
             shutil.rmtree(Path(folder) / "run")
-        print(rows[-1])
+        print(rows[-1], flush=True)
         write_result(RESULT, "draft_share", rows, checks(rows), settings=[*SETTINGS, *settings], commit=at)
 
 
-def row(share: float, out: Path) -> dict[str, Any]:
+def measured(out: Path) -> dict[str, Any]:
     """One run; accept lengths are counted and pooled over the last third of its steps."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "step" in line]
@@ -53,7 +55,6 @@ def row(share: float, out: Path) -> dict[str, Any]:
     blocks = sum(line["verify_steps"] for line in last)
     draft, policy = (sum(line[f"seconds_{part}"] for line in lines) for part in ("draft", "train"))
     return {
-        "share": share,
         "accept_length": 1 + sum(line["accepted_tokens"] for line in last) / blocks,
         "blocks": blocks,
         "accept_length_by_step": [line["accept_length"] for line in lines],
@@ -63,18 +64,22 @@ def row(share: float, out: Path) -> dict[str, Any]:
 
 
 def checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every share: what the draft takes of a step, and what it loses beside the first share."""
+    """Of every case: what the draft takes of a step, and what it loses beside the first."""
     found = []
     for one in rows:
-        took, where = one["draft_share"], f"draft.share {one['share']:g}"
+        took, where = one["draft_share"], _said(one)
         found.append(
             check(f"{where}: draft training, share of a training step", took, f"at most {SHARE}", took <= SHARE)
         )
         if one is not rows[0]:
             lost = 1 - one["accept_length"] / rows[0]["accept_length"]
-            what = f"{where}: accept length lost beside draft.share {rows[0]['share']:g}, relative"
+            what = f"{where}: accept length lost beside {_said(rows[0])}, relative"
             found.append(check(what, lost, f"at most {LOSS}", lost <= LOSS))
     return found
+
+
+def _said(row: dict[str, Any]) -> str:
+    return f"draft.share {row['share']:g}, draft.updates {row['updates']}"
 
 
 if __name__ == "__main__":

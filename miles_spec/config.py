@@ -174,6 +174,9 @@ class DraftConfig:
     share: float = 1.0
     """Of the micro-batches of a training step, how many the draft learns from, and its acceptance is estimated on; at
     least one of each rank's."""
+    updates: int = 1
+    """Optimizer steps of the draft in one of the policy's: each on an equal part of those micro-batches, at most one to
+    each of a rank's. Acceptance is estimated on the first part, with the draft that served."""
     loss: Literal["ce", "kl", "tv", "ramp"] = "ramp"
     """`ramp` goes from KL to end-to-end TV."""
     ramp_steps: int = 100
@@ -348,6 +351,7 @@ _AT_LEAST = {
     "fleet.bucket_mb": 1,
     "draft.max_batch": 0,
     "draft.vocab_size": 0,
+    "draft.updates": 1,
     "draft.ramp_steps": 1,
     "draft.lr": 0,
     "draft.weight_decay": 0,

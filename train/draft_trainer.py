@@ -11,7 +11,7 @@ import copy
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -138,111 +138,168 @@ class DraftTrainer:
             found.add(embed_weight.detach(), states, hidden, batch.tokens, batch.layout, self.ranks.vocab)
         found.finish(self.ranks.rows)
 
-    def choose(self, count: int) -> set[int]:
-        """Which of `count` micro-batches of a rank the next step is on (`draft.share`); the same on all ranks."""
+    def choose(self, count: int) -> list[int]:
+        """Which of `count` micro-batches of a rank the next step is on (`draft.share`), in order; the same on all
+        ranks."""
         most = math.ceil(self.config.draft.share * count)
-        return set(random.Random(f"{self.config.seed}/{self.version}").sample(range(count), most))
+        return sorted(random.Random(f"{self.config.seed}/{self.version}").sample(range(count), most))
 
     def begin(
-        self, embed_weight: Tensor, head_weight: Tensor, *, train: bool, warm: bool = False, lr_scale: float = 1.0
+        self,
+        embed_weight: Tensor,
+        head_weight: Tensor,
+        *,
+        train: bool,
+        warm: bool = False,
+        lr_scale: float = 1.0,
+        updates: Sequence[int] = (),
     ) -> DraftStep:
         """One step on the policy whose embedding and LM head `[V, H]`, or this rank's shares of them, are given; they
         must not change before it ends. All ranks take it, however many micro-batches each has.
 
-        Without `train` it only estimates acceptance. A `warm` step is on KL to the policy's distribution whatever
-        `draft.loss` says, since TV has no gradient while the two barely overlap.
+        The optimizer is updated at the end, and before that once so many micro-batches were added as `updates` says,
+        ascending and the same on all ranks. Without `train` the step only estimates acceptance. A `warm` step is on KL
+        to the policy's distribution whatever `draft.loss` says, since TV has no gradient while the two barely overlap.
         """
         self.optimizer.zero()
-        config = self.config.draft
-        lr = lr_scale * ((config.warmup_lr or config.lr) if warm else config.lr)
-        lr *= min(1.0, (self.version + 1) / max(1, config.lr_warmup_steps))
         # cast once for all micro-batches
         weights = embed_weight.detach().to(self.dtype), head_weight.detach().to(self.dtype)
-        return DraftStep(self, *weights, train=train, warm=warm, lr=lr)
+        return DraftStep(self, *weights, train=train, warm=warm, lr_scale=lr_scale, updates=updates)
+
+    def updates(self, count: int) -> list[int]:
+        """After how many of `count` micro-batches the optimizer is updated, but for the last time (`draft.updates`)."""
+        parts = min(self.config.draft.updates, count)
+        return [count * part // parts for part in range(1, parts)]
+
+    def lr(self, *, warm: bool) -> float:
+        """The learning rate of the next update."""
+        config = self.config.draft
+        lr = (config.warmup_lr or config.lr) if warm else config.lr
+        return lr * min(1.0, (self.version + 1) / max(1, config.lr_warmup_steps))
 
 
 class DraftStep:
-    """One step: `add` each micro-batch, then `finish`."""
+    """One step: `add` each micro-batch, then `finish`.
 
-    def __init__(self, owner: DraftTrainer, embed: Tensor, head: Tensor, *, train: bool, warm: bool, lr: float) -> None:
+    Acceptance is estimated on the micro-batches before the first update, with the draft that served.
+    """
+
+    def __init__(
+        self,
+        owner: DraftTrainer,
+        embed: Tensor,
+        head: Tensor,
+        *,
+        train: bool,
+        warm: bool,
+        lr_scale: float,
+        updates: Sequence[int],
+    ) -> None:
         self._owner, self._embed = owner, embed
         self._head = owner.draft.target_rows(head, owner.ranks.vocab)
-        self._train, self._warm, self._lr = train, warm, lr
+        self._train, self._warm, self._lr_scale = train, warm, lr_scale
         self._watch = Stopwatch(owner.device)
-        depth = owner.config.draft.num_steps
         self._kind: Loss = "kl" if warm else owner.config.draft.loss
-        self._ramp = owner.ramp
-        self._rows = [0] * depth
-        self._loss = torch.zeros((), device=owner.device)
-        self._by_depth = torch.zeros(depth, device=owner.device)
+        self._updates, self._added = list(updates), 0
+        self._served = owner.version
+        depth = owner.config.draft.num_steps
+        self._rows, self._sums = [0] * depth, torch.zeros(1 + depth, device=owner.device)
+        """Since the last update: rows that count at each depth; the loss, and that of each depth."""
+        self._all_rows, self._all_sums = [0] * depth, torch.zeros(1 + depth, device=owner.device)
+        """The same, of all updates and ranks."""
+        self._norms: list[float] = []
         self._acceptance: dict[str, SpecEstimate] = {}
 
-    def add(self, batch: PackedBatch, teacher: Teacher) -> None:
-        """Objective and backward of one micro-batch, and the estimates of both drafts on it."""
-        owner = self._owner
+    def add(self, batch: PackedBatch, teacher: Teacher | None) -> None:
+        """Objective and backward of one micro-batch, and the estimates of both drafts on it. None stands for a
+        micro-batch of which this rank has nothing, while others may."""
+        self._added += 1
         with self._watch.running():
-            with torch.set_grad_enabled(self._train):
-                got = self._objective(owner.draft, batch, teacher)
-            if self._train:
-                # the sum, since how many rows all micro-batches have together is known only in the end
-                # the other ranks of a pack that is cut wait for this one, whether or not it has rows that count
-                if got.rows[0] or batch.layout.cp_size > 1:
-                    got.loss_sum.backward()
-                self._rows = [a + b for a, b in zip(self._rows, got.rows, strict=True)]
-                self._loss += got.loss_sum.detach()
-                self._by_depth += got.loss_by_depth
-            self._estimate("cotrained", got.estimate)
-            if owner.frozen is not None:
-                if owner.frozen_version != owner.version:
-                    with torch.no_grad():
-                        got = self._objective(owner.frozen, batch, teacher)
-                self._estimate("frozen", got.estimate)
+            if teacher is not None:
+                self._learn(batch, teacher)
+            if self._train and self._added in self._updates:
+                self._update()
+                self._owner.optimizer.zero()
+
+    def _learn(self, batch: PackedBatch, teacher: Teacher) -> None:
+        owner = self._owner
+        with torch.set_grad_enabled(self._train):
+            got = self._objective(owner.draft, batch, teacher)
+        if self._train:
+            # the sum, since how many rows all micro-batches have together is known only in the end
+            # the other ranks of a pack that is cut wait for this one, whether or not it has rows that count
+            if got.rows[0] or batch.layout.cp_size > 1:
+                got.loss_sum.backward()
+            self._rows = [a + b for a, b in zip(self._rows, got.rows, strict=True)]
+            self._sums += torch.cat([got.loss_sum.detach()[None], got.loss_by_depth])
+        if owner.version != self._served:
+            return
+        self._estimate("cotrained", got.estimate)
+        if owner.frozen is not None:
+            if owner.frozen_version != owner.version:
+                with torch.no_grad():
+                    got = self._objective(owner.frozen, batch, teacher)
+            self._estimate("frozen", got.estimate)
 
     def finish(self) -> DraftTerms:
-        """The optimizer step, unless no row counted. A gradient that is not finite leaves the draft as it is and shows
-        as a norm of NaN: a draft's fault costs speed, never the run."""
-        owner = self._owner
+        """The last update. The loss is the mean over all of them, the norm the largest."""
         with self._watch.running():
-            self._share()
-        if not self._train or not self._rows[0]:
+            self._share_estimates()
+            if self._train:
+                self._update()
+        if not self._norms:
             return DraftTerms(seconds=self._watch.seconds, acceptance=self._acceptance)
-        with self._watch.running():
-            norm = owner.optimizer.step(self._lr, divisor=self._rows[0])
-        if math.isfinite(norm):
-            owner.warm_steps += self._warm
-        sums = self._by_depth.tolist()
+        loss, *sums = self._all_sums.tolist()
         return DraftTerms(
-            loss=float(self._loss) / self._rows[0],
-            by_depth=tuple(s / n if n else 0.0 for s, n in zip(sums, self._rows, strict=True)),
-            grad_norm=norm if math.isfinite(norm) else math.nan,
+            loss=loss / self._all_rows[0],
+            by_depth=tuple(s / n if n else 0.0 for s, n in zip(sums, self._all_rows, strict=True)),
+            grad_norm=math.nan if any(map(math.isnan, self._norms)) else max(self._norms),
             seconds=self._watch.seconds,
             acceptance=self._acceptance,
         )
 
-    def _share(self) -> None:
-        """Adds up over ranks what each has of the step."""
-        owner, depth = self._owner, len(self._rows)
-        if (group := owner.ranks.packs) is not None:
-            for which in ("cotrained", *(["frozen"] if owner.frozen is not None else [])):
-                mine = self._acceptance.get(which, SpecEstimate(accepted=0.0, verify_steps=0.0))
-                sums = torch.tensor([mine.accepted, mine.verify_steps], dtype=torch.float64, device=owner.device)
-                dist.all_reduce(sums, group=group)
-                accepted, steps = sums.tolist()
-                if which in self._acceptance or steps:
-                    self._acceptance[which] = SpecEstimate(accepted=accepted, verify_steps=steps)
-        if (group := owner.ranks.rows) is None or not self._train:
+    def _update(self) -> None:
+        """An optimizer step, unless no row counted. A gradient that is not finite leaves the draft as it is and shows
+        as a norm of NaN: a draft's fault costs speed, never the run."""
+        owner = self._owner
+        if (group := owner.ranks.rows) is not None:
+            self._add_up(group)
+        if not self._rows[0]:
             return
+        norm = owner.optimizer.step(self._lr_scale * owner.lr(warm=self._warm), divisor=self._rows[0])
+        owner.warm_steps += self._warm and math.isfinite(norm)
+        self._norms.append(norm if math.isfinite(norm) else math.nan)
+        self._all_rows = [a + b for a, b in zip(self._all_rows, self._rows, strict=True)]
+        self._all_sums += self._sums
+        self._rows = [0] * len(self._rows)
+        self._sums.zero_()
+
+    def _share_estimates(self) -> None:
+        owner = self._owner
+        if (group := owner.ranks.packs) is None:
+            return
+        for which in ("cotrained", *(["frozen"] if owner.frozen is not None else [])):
+            mine = self._acceptance.get(which, SpecEstimate(accepted=0.0, verify_steps=0.0))
+            sums = torch.tensor([mine.accepted, mine.verify_steps], dtype=torch.float64, device=owner.device)
+            dist.all_reduce(sums, group=group)
+            accepted, steps = sums.tolist()
+            if which in self._acceptance or steps:
+                self._acceptance[which] = SpecEstimate(accepted=accepted, verify_steps=steps)
+
+    def _add_up(self, group: dist.ProcessGroup) -> None:
+        """Gradients, rows and sums since the last update, over ranks."""
+        owner, depth = self._owner, len(self._rows)
         parameters = list(owner.draft.parameters())
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         counts = torch.tensor(self._rows, dtype=torch.float64, device=owner.device)
-        sums = torch.cat([counts, self._loss.double()[None], self._by_depth.double()])
+        sums = torch.cat([counts, self._sums.double()])
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         for tensor in (sums, flat):
             dist.all_reduce(tensor, group=group)
         for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = grad.view_as(parameter)
         self._rows = [round(n) for n in sums[:depth].tolist()]
-        self._loss, self._by_depth = sums[depth], sums[depth + 1 :]
+        self._sums = sums[depth:].to(self._sums)
 
     def _objective(self, head: DraftHead, batch: PackedBatch, teacher: Teacher) -> DraftObjective:
         config = self._owner.config
@@ -260,7 +317,7 @@ class DraftStep:
                 teacher.logprobs,
                 depth=config.draft.num_steps,
                 loss=self._kind,
-                ramp=self._ramp,
+                ramp=self._owner.ramp,
                 rule=config.rollout.rule,
                 temperature=config.rollout.temperature or 1.0,
                 group=self._owner.ranks.vocab,

@@ -139,16 +139,18 @@ class MegatronTrainer(Sleeper):
     def step(self, batches: Sequence[PackedBatch]) -> LossTerms:
         """One optimizer step of policy and draft over all micro-batches of one minibatch.
 
-        Raises `FloatingPointError` if the policy's gradient is not finite; no weight has changed then. A draft whose
-        gradient is not finite keeps its weights, and `draft_grad_norm` says so.
+        Raises `FloatingPointError` if the policy's gradient is not finite; none of its weights has changed then, nor
+        has the draft's last update been made. A draft whose gradient is not finite keeps its weights, and
+        `draft_grad_norm` says so.
         """
         assert self.optimizer is not None, "this trainer trains no policy"
         train = self.config.train
-        draft = self._begin(train=self.config.draft.train)
+        chosen = [] if self.draft is None else self.draft.choose(-(-len(batches) // self.ranks.data_size))
+        updates = [] if self.draft is None else self.draft.updates(len(chosen))
+        draft = self._begin(train=self.config.draft.train, updates=updates)
         tally = Tally(self.device)
         self.optimizer.zero()
         if any(bool(batch.loss_mask.any()) for batch in batches):
-            chosen = set() if self.draft is None else self.draft.choose(-(-len(batches) // self.ranks.data_size))
             places = itertools.count()
 
             def work(part: _Part, hidden: Tensor, read: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -278,15 +280,17 @@ class MegatronTrainer(Sleeper):
         values: dict[str, Any] = {"version": self.version}
         if self.has_draft:
             own: list[tuple[str, Tensor]] = []
-            frozen_version, warm_steps = -1.0, 0.0
+            # told, since after a step that failed halfway only the draft's own ranks know of its updates
+            version, frozen_version, warm_steps = 0.0, -1.0, 0.0
             if self.draft is not None:
                 own = list(self.draft.tensors().items())
-                warm_steps = self.draft.warm_steps
+                version, warm_steps = self.draft.version, self.draft.warm_steps
                 if self.draft.frozen_version is not None:
                     frozen_version = self.draft.frozen_version
             for name, tensor in self.ranks.from_speaker(own, self.device):
                 tensors[name] = tensor.cpu()
-            frozen, warm = (int(n) for n in self.ranks.tell([frozen_version, warm_steps], self.device))
+            told = self.ranks.tell([version, frozen_version, warm_steps], self.device)
+            self.draft_version, frozen, warm = map(int, told)
             values |= {
                 "draft_version": self.draft_version,
                 "draft_frozen_version": None if frozen < 0 else frozen,
@@ -353,15 +357,15 @@ class MegatronTrainer(Sleeper):
         if not self.has_draft:
             raise ValueError("there is no draft to train; set draft.enabled")
 
-    def _begin(self, *, train: bool, warm: bool = False, lr_scale: float = 1.0) -> DraftStep | None:
-        """A step of the draft, where it is; every rank calls this."""
+    def _begin(self, **how: Any) -> DraftStep | None:
+        """`DraftTrainer.begin` where the draft is; every rank calls this."""
         if not self.has_draft:
             return None
         embedding = self._embedding()
         if self.draft is None:
             return None
         assert embedding is not None
-        return self.draft.begin(embedding, self.policy.head_weight(), train=train, warm=warm, lr_scale=lr_scale)
+        return self.draft.begin(embedding, self.policy.head_weight(), **how)
 
     def _embedding(self) -> Tensor | None:
         """`[V / tp, H]` this rank's share of the embedding on the last stage; None elsewhere."""

@@ -82,7 +82,6 @@ class TorchTrainer(Sleeper):
         self.device = torch.device(device)
         self.dtype = dtype
         self.version = 0
-        self.draft_version = 0
         self.temperature = config.rollout.temperature or 1.0
         self.group = group if group is not None and group.size() > 1 else None
         # never in training mode: the log-probabilities of a policy with dropout are not those its rollouts came from
@@ -113,25 +112,33 @@ class TorchTrainer(Sleeper):
         self.draft = None if draft is None else DraftTrainer(draft, config, self.device, dtype, ranks)
         self.memory = Memory(config, self.device, self._held)
 
+    @property
+    def draft_version(self) -> int:
+        """Optimizer steps of the draft, those of an unfinished step of the policy included; 0 without a draft."""
+        return 0 if self.draft is None else self.draft.version
+
     @guarded
     def step(self, batches: Sequence[PackedBatch]) -> LossTerms:
         """One optimizer step of policy and draft over all micro-batches of one minibatch.
 
         One rank skips a micro-batch without sampled tokens; without any at all the policy's gradient is 0. The draft
-        learns from `draft.share` of them. The terms' `draft_seconds` include the estimate of the frozen draft.
+        learns from `draft.share` of them, in `draft.updates` optimizer steps. The terms' `draft_seconds` include the
+        estimate of the frozen draft.
 
-        Raises `FloatingPointError` if the policy's gradient is not finite; no weight has changed then. A draft whose
-        gradient is not finite keeps its weights, and `draft_grad_norm` says so.
+        Raises `FloatingPointError` if the policy's gradient is not finite; none of its weights has changed then, nor
+        has the draft's last update been made. A draft whose gradient is not finite keeps its weights, and
+        `draft_grad_norm` says so.
         """
         assert self.optimizer is not None, "this trainer trains no policy"
         train = self.config.train
-        draft = None
+        sampled = list(self._sampled(batches))
+        draft, chosen = None, list[int]()
         if self.draft is not None:
-            draft = self.draft.begin(*self._vocabulary(), train=self.config.draft.train)
+            chosen = self.draft.choose(len(sampled))
+            updates = self.draft.updates(len(chosen))
+            draft = self.draft.begin(*self._vocabulary(), train=self.config.draft.train, updates=updates)
         self.optimizer.zero()
         tally = Tally(self.device)
-        sampled = list(self._sampled(batches))
-        chosen = set() if self.draft is None else self.draft.choose(len(sampled))
         for at, (batch, tokens) in enumerate(sampled):
             self.memory.at("the policy's forward", len(batch.tokens))
             hidden, read, out = self._forward(self.model, self._head, batch, tokens)
@@ -139,9 +146,9 @@ class TorchTrainer(Sleeper):
             self.memory.at("the policy's backward")
             total.backward()
             tally.add(out, total.detach(), loss)
-            if draft is not None and at in chosen and len(tokens):
+            if draft is not None and at in chosen:
                 self.memory.at("the draft's forward and backward")
-                draft.add(batch, _teacher(hidden, read, out, tokens))
+                draft.add(batch, _teacher(hidden, read, out, tokens) if len(tokens) else None)
         self.memory.at("the optimizer", 0)
         warmup = min(1.0, (self.version + 1) / max(1, train.lr_warmup_steps))
         norm = self.optimizer.step(train.lr * warmup)
@@ -277,8 +284,7 @@ class TorchTrainer(Sleeper):
         if self.optimizer is not None:
             self.optimizer.set_steps(self.version)
         if self.draft is not None:
-            self.draft_version = values["draft_version"]
-            self.draft.optimizer.set_steps(self.draft_version)
+            self.draft.optimizer.set_steps(values["draft_version"])
             self.draft.frozen_version = values["draft_frozen_version"]
             self.draft.warm_steps = values["draft_warm_steps"]
         torch.set_rng_state(tensors["random.cpu"].cpu())
@@ -391,7 +397,6 @@ class TorchTrainer(Sleeper):
     def _terms(self, tally: Tally, grad_norm: float, draft: DraftStep | None) -> LossTerms:
         """Ends the draft's step and puts all terms together."""
         terms = DraftTerms() if draft is None else draft.finish()
-        self.draft_version = 0 if self.draft is None else self.draft.version
         return LossTerms(
             **tally.means(self.group),
             grad_norm=grad_norm,

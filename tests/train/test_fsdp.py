@@ -321,3 +321,23 @@ def _half(group: dist.ProcessGroup) -> None:
 
 def test_bfloat16_rounds_nothing_that_one_rank_does_not_but_the_norms_of_layers(ranks: Ranks) -> None:
     ranks.run(_half, 2)
+
+
+def _updated(group: dist.ProcessGroup) -> None:
+    micro = packs(budget=1)
+    [subject, alone] = [trainer(config({"updates": n, "lr": 1e-3}, kl_coef=0.0), g) for n, g in ((2, group), (1, None))]
+    shares = divide(micro, 2)  # of three each, one without a sampled token
+    expected = [
+        alone.train_draft([pack for share in shares for pack in share[start:end]]) for start, end in ((0, 1), (1, 3))
+    ]
+    terms = subject.step(micro)
+    assert subject.draft_version == 2
+    learnt, want = ({n: t for n, t in tensors(s).items() if n.startswith("draft")} for s in (subject, alone))
+    assert_near(learnt, want, 1e-4, "draft.", "draft_optim.")
+    served, first = (t.acceptance["cotrained"] for t in (terms, expected[0]))
+    assert served.verify_steps == pytest.approx(first.verify_steps, rel=1e-5)
+    assert served.accepted == pytest.approx(first.accepted, rel=1e-5)
+
+
+def test_updates_of_the_draft_within_a_step_are_on_the_same_parts_on_all_ranks(ranks: Ranks) -> None:
+    ranks.run(_updated, 2)

@@ -399,6 +399,33 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
     assert "EAGLE3" in refused("llama", {PP: 2}, aux=True)
 
 
+def _updated(arguments: Any, table: Mapping[str, Any]) -> Any:
+    """Of a run with two updates of the draft in a step: its terms, draft and version."""
+    from miles_spec.train.megatron import MegatronTrainer
+
+    model, run = _model("llama"), _run()
+    run = replace(run, draft=replace(run.draft, updates=2))
+    if arguments is None:
+        trainer: Any = TorchTrainer(model, _draft(model), run, "cpu")
+    else:
+        trainer = MegatronTrainer(model, _draft(model), replace(run, megatron=dict(table)), "cpu")
+    terms, _, draft = _outcome(trainer, _packs(), 2)
+    return terms, draft, trainer.state()[1]["draft_version"]
+
+
+@pytest.mark.parametrize(("table", "size"), [({PP: 2}, 2), ({CP: 2}, 2)], ids=_ident)
+def test_updates_of_the_draft_within_a_step_are_those_of_the_torch_trainer(table: Mapping[str, Any], size: int) -> None:
+    want, drafts, version = _updated(None, {})
+    got, learnt, taken = megatron_cpu.run(_updated, table, size, table)[0]
+    assert version == taken == 4
+    assert_near(learnt, drafts, 1e-5)
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.draft == pytest.approx(theirs.draft, rel=1e-4)
+        estimates = [terms.acceptance["cotrained"] for terms in (mine, theirs)]
+        assert estimates[0].verify_steps == pytest.approx(estimates[1].verify_steps, rel=1e-4)
+        assert estimates[0].accepted == pytest.approx(estimates[1].accepted, rel=1e-4)
+
+
 def _fitted(arguments: Any, table: Mapping[str, Any]) -> dict[str, Tensor]:
     from miles_spec.train.megatron import MegatronTrainer
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from math import isnan
 from typing import Any
 
@@ -20,6 +21,7 @@ from miles_spec.config import DraftConfig, RolloutConfig, RunConfig, TrainConfig
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.objective import objective
 from miles_spec.draft.spec import EAGLE, EAGLE3, FAMILIES, NEXTN, DraftSpec
+from miles_spec.kernels.shift import draft_targets
 from miles_spec.models import embed_weight, head_weight
 from miles_spec.train import draft_trainer
 from miles_spec.train.base import Trainer
@@ -596,9 +598,9 @@ def test_a_share_of_the_micro_batches_teaches_the_draft_and_leaves_the_policy_as
     assert part.draft is not None and whole.draft is not None
     taught = [pack for pack in packs if pack.loss_mask.any()]
     chosen = part.draft.choose(len(taught))
-    assert len(chosen) == math.ceil(len(taught) / 2) and whole.draft.choose(len(taught)) == set(range(len(taught)))
+    assert len(chosen) == math.ceil(len(taught) / 2) and whole.draft.choose(len(taught)) == list(range(len(taught)))
     terms = part.step(packs)
-    expected = alone.train_draft([taught[i] for i in sorted(chosen)])
+    expected = alone.train_draft([taught[i] for i in chosen])
     assert terms.draft == pytest.approx(expected.draft, rel=1e-6)
     assert terms.acceptance["cotrained"].verify_steps == expected.acceptance["cotrained"].verify_steps
     whole.step(packs)
@@ -607,3 +609,47 @@ def test_a_share_of_the_micro_batches_teaches_the_draft_and_leaves_the_policy_as
     assert_near(*learnt, 1e-6)
     assert all(torch.equal(after[n], t) for n, t in every.items() if n.startswith("policy"))
     assert part.draft.choose(64) != chosen and part.draft.choose(64) == part.draft.choose(64)
+
+
+@pytest.mark.parametrize(("updates", "cuts"), [(2, (0, 2, 4)), (3, (0, 1, 2, 4)), (9, (0, 1, 2, 3, 4))])
+def test_updates_of_the_draft_within_a_step_are_steps_of_its_own(updates: int, cuts: tuple[int, ...]) -> None:
+    draft = {"ramp_steps": 3, "lr_warmup_steps": 3, "lr": 1e-3}
+    packs = [pack for pack in batches(budget=1) if pack.loss_mask.any()]
+    assert len(packs) == 4
+    sampled = {"verify": "rejection"}
+    subject, alone, once = (trainer(config(rollout=sampled, draft=draft | {"updates": n})) for n in (updates, 1, 1))
+    for one in (subject, alone):
+        one.freeze_draft()
+        assert one.draft is not None and one.draft.frozen is not None
+        with torch.no_grad():
+            one.draft.frozen.fc.weight.mul_(0.5)
+        one.draft.frozen_version = -1  # another than the one that serves
+    expected = [alone.train_draft(packs[start:end]) for start, end in pairwise(cuts)]
+    terms = subject.step(packs)
+    once.step(packs)
+    # the draft moves by each part, at the learning rate and the ramp of that step
+    after, steps, whole = (one.state()[0] for one in (subject, alone, once))
+    learnt = (dict((n, t) for n, t in tensors.items() if n.startswith("draft.")) for tensors in (after, steps))
+    assert_near(*learnt, 1e-5)
+    assert subject.draft_version == alone.draft_version > 1
+    # the policy does not
+    assert all(torch.equal(after[n], t) for n, t in whole.items() if n.startswith("policy"))
+    # what is estimated is the draft that served
+    assert terms.acceptance.keys() == expected[0].acceptance.keys() == {"cotrained", "frozen"}
+    for which, estimate in terms.acceptance.items():
+        assert estimate.accepted == pytest.approx(expected[0].acceptance[which].accepted, rel=1e-5)
+        assert estimate.verify_steps == pytest.approx(expected[0].acceptance[which].verify_steps, rel=1e-5)
+    assert terms.acceptance["cotrained"] != terms.acceptance["frozen"]
+    counts = [int(draft_targets(p.tokens, p.loss_mask, p.layout, 1).mask.sum()) for p in packs]
+    rows = [sum(counts[start:end]) for start, end in pairwise(cuts)]
+    mean = sum(n * one.draft for n, one in zip(rows, expected, strict=True)) / sum(rows)
+    assert terms.draft == pytest.approx(mean, rel=1e-5)
+    assert terms.draft_grad_norm == pytest.approx(max(one.draft_grad_norm for one in expected), rel=1e-4)
+
+
+def test_an_error_after_an_update_of_the_draft_shows_in_its_version() -> None:
+    subject = trainer(config(draft={"updates": 2}))
+    packs = [replace(pack, advantages=pack.advantages * float("inf")) for pack in batches()]
+    with pytest.raises(FloatingPointError):
+        subject.step(packs)
+    assert (subject.version, subject.draft_version) == (0, 1)
