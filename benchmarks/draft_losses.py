@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from miles_spec import models
-from miles_spec.assemble import context_tokens, embedded, fresh_draft
+from miles_spec.assemble import context_tokens, embedded
 from miles_spec.config import DataConfig, DraftConfig, ModelConfig, OfflineConfig, RolloutConfig, RunConfig, TrainConfig
 from miles_spec.draft_data import first, sampled, split
 from miles_spec.draft_training import FIT_TOKENS
+from miles_spec.first_draft import fresh_draft
 from miles_spec.provenance import check, commit, write_result
 from miles_spec.train.packing import pack
 from miles_spec.train.torch_trainer import TorchTrainer
@@ -46,9 +47,9 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--prompts", type=int, default=3072)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--lr", type=float, default=1.5e-4)
     parser.add_argument("--running", type=int, default=512)
     parser.add_argument("--work", type=Path, default=Path("runs/draft_losses"), help="where the responses are kept")
     parser.add_argument("--budget-s", type=float, default=540.0)

@@ -166,12 +166,12 @@ def _bench_sync(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
 
 
 def _bench_train(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
-    from miles_spec.train_bench import Size, train
+    from miles_spec.train_bench import Plan, Size, train
 
-    train(
-        arguments.json,
+    plan = Plan(
         backends=arguments.backends,
         depths=arguments.depths,
+        shares=arguments.shares,
         tokens=arguments.tokens,
         size=Size(hidden=arguments.hidden, layers=arguments.layers, vocab=arguments.vocab),
         micro_batches=arguments.micro_batches,
@@ -181,6 +181,7 @@ def _bench_train(arguments: argparse.Namespace, settings: Sequence[str]) -> None
         megatron=_megatron(settings),
         budget_s=arguments.budget_s,
     )
+    train(arguments.json, plan)
 
 
 def _quickstart(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
@@ -287,6 +288,14 @@ def _parser() -> argparse.ArgumentParser:
         ("--tokens", (8192, 32768), "of a micro-batch; 8192 and 32768 if left out"),
     ):
         training.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=about)
+    training.add_argument(
+        "--shares",
+        type=float,
+        nargs="+",
+        default=(1.0,),
+        metavar="X",
+        help="of a step's micro-batches that the draft learns from, as draft.share; 1 if left out",
+    )
     for name, number, about in (
         ("--hidden", 2048, "width of the policy, which is Qwen3-1.7B's shape if all of it is left out"),
         ("--layers", 28, "of the policy"),

@@ -24,13 +24,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from miles_spec import checkpoint, models
-from miles_spec.assemble import check_context, context_tokens, embedded, fresh_draft, given_draft, untrained, vocabulary
+from miles_spec.assemble import check_context, context_tokens, embedded, untrained
 from miles_spec.config import RunConfig
 from miles_spec.draft.export import export
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import FAMILIES
 from miles_spec.draft_data import Lesson, first, given, sampled, split
 from miles_spec.drafts import check_written
+from miles_spec.first_draft import fresh_draft, given_draft, vocabulary
 from miles_spec.live import LiveTable
 from miles_spec.loop import due, interruptible, logged
 from miles_spec.rollout.engine import Engine

@@ -16,7 +16,6 @@ import torch
 from transformers import AutoConfig
 
 from miles_spec import checkpoint, models, settings
-from miles_spec.assemble import fresh_draft, given_draft, most_frequent
 from miles_spec.config import DataConfig, DraftConfig, ModelConfig, RunConfig
 from miles_spec.data import Record, read, tokenize
 from miles_spec.draft import formats
@@ -26,6 +25,7 @@ from miles_spec.draft.load import Inspection, inspect, load
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import FAMILIES, DraftSpec
 from miles_spec.draft_data import names_of
+from miles_spec.first_draft import fresh_draft, given_draft, most_frequent
 from miles_spec.plugins import suggest
 
 FORMATS = ("sglang", "specforge", "speculators")

@@ -3,7 +3,8 @@
 A dense, Qwen3-shaped policy with random weights takes optimizer steps on packs of random tokens: alone, with a draft
 that is trained by our code, and, beside Megatron's trainer, on Megatron's own path (`megatron_stock.py`), alone and
 with its own MTP layer and loss. The draft is an MTP layer of the same kind (`qwen_mtp`), with the loss that a run has
-by default. One process measures on one GPU, or on the CPU; torchrun starts more, which all call `train` alike.
+by default; it learns from all of a step's micro-batches, or from a share of them. One process measures on one GPU, or
+on the CPU; torchrun starts more, which all call `train` alike.
 
 Model FLOPs of a step: `6 * parameters of the layers` for each token, `6 * H * V` for each token whose prediction is
 trained on (the LM head; the embedding is a look-up), and `12 * layers * width of the queries * mean context` for each
@@ -23,7 +24,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,8 @@ class Case:
     """Of a micro-batch."""
     depth: int
     """Of the draft, or of Megatron's MTP; 0 for a policy alone."""
+    share: float = 1.0
+    """`draft.share`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +114,8 @@ class Row:
     """Of the policy."""
     flops: float
     """Model FLOPs of a step, over all ranks."""
+    share: float = 1.0
+    """`draft.share`."""
     step_s: float | None = None
     """Median."""
     turns: tuple[float, ...] = ()
@@ -128,43 +133,53 @@ class Row:
     note: str = ""
 
 
-def train(
-    result: Path | None = None,
-    *,
-    backends: Sequence[str] = ("torch",),
-    depths: Sequence[int] = (1,),
-    tokens: Sequence[int] = (8192, 32768),
-    size: Size | None = None,
-    micro_batches: int = 2,
-    turns: int = 5,
-    warm_ups: int = 2,
-    recompute: bool = False,
-    megatron: Mapping[str, Any] | None = None,
-    budget_s: float = 540.0,
-) -> list[Row]:
-    """Measures every case, prints it on rank 0, and writes it to `result`, which after each holds all that is done.
-    What would begin after `budget_s` is left out, and named; steps end early too, the first excepted.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is measured, and how. Raises `ValueError` for what cannot be."""
 
-    `micro_batches` are those of one data-parallel rank, `recompute` is `train.gradient_checkpointing`, which is torch's
-    alone, and `megatron` is the table `[megatron]`. Without a GPU the forwards are in float32, else in bfloat16.
+    backends: Sequence[str] = ("torch",)
+    depths: Sequence[int] = (1,)
+    shares: Sequence[float] = (1.0,)
+    """`draft.share`, each for every depth."""
+    tokens: Sequence[int] = (8192, 32768)
+    size: Size = Size()
+    micro_batches: int = 2
+    """Of one data-parallel rank in a step."""
+    turns: int = 5
+    warm_ups: int = 2
+    recompute: bool = False
+    """`train.gradient_checkpointing`, which is torch's alone."""
+    megatron: Mapping[str, Any] = field(default_factory=dict)
+    """The table `[megatron]`."""
+    budget_s: float = 540.0
+    """What would begin later is left out, and named; steps end early too, the first excepted."""
+
+    def __post_init__(self) -> None:
+        for name in self.backends:
+            if name not in BACKENDS:
+                raise ValueError(f"there is no backend {name!r} to measure; there are {', '.join(BACKENDS)}")
+        if "megatron" in self.backends and importlib.util.find_spec("megatron") is None:
+            raise ValueError('the backend megatron needs megatron-core: pip install "miles-spec[megatron]"')
+        if self.megatron and "megatron" not in self.backends:
+            raise ValueError(f"{next(iter(self.megatron))} is an argument of Megatron; add megatron to --backends")
+        if min((self.micro_batches, self.turns, *self.tokens, *self.depths)) < 1 or self.warm_ups < 0:
+            raise ValueError("tokens, depths, micro-batches and turns have to be at least 1")
+        for share in self.shares:
+            if not 0 < share <= 1:
+                raise ValueError(f"a draft cannot learn from a share of {share:g}; give one above 0, at most 1")
+
+
+def train(result: Path | None = None, plan: Plan | None = None) -> list[Row]:
+    """Measures every case, prints it on rank 0, and writes it to `result`, which after each holds all that is done.
+    Without a GPU the forwards are in float32, else in bfloat16.
 
     Raises `ValueError` for what cannot be measured, and `RunError` if one of several ranks is out of memory, since the
     others cannot go on then; alone, a process notes it in the row and goes on.
     """
-    for name in backends:
-        if name not in BACKENDS:
-            raise ValueError(f"there is no backend {name!r} to measure; there are {', '.join(BACKENDS)}")
-    if "megatron" in backends and importlib.util.find_spec("megatron") is None:
-        raise ValueError('the backend megatron needs megatron-core: pip install "miles-spec[megatron]"')
-    if megatron and "megatron" not in backends:
-        raise ValueError(f"{next(iter(megatron))} is an argument of Megatron; add megatron to --backends")
-    if min((micro_batches, turns, *tokens, *depths)) < 1 or warm_ups < 0:
-        raise ValueError("tokens, depths, micro-batches and turns have to be at least 1")
-    with _ranks("megatron" in backends) as device:
-        bench = Bench(
-            result, size or Size(), micro_batches, turns, warm_ups, recompute, megatron or {}, budget_s, device
-        )
-        for case in bench.cases(backends, depths, tokens):
+    plan = plan or Plan()
+    with _ranks("megatron" in plan.backends) as device:
+        bench = Bench(result, plan, device)
+        for case in bench.cases():
             bench.measure(case)
     return bench.rows
 
@@ -172,18 +187,7 @@ def train(
 class Bench:
     """The rows of one call, the same on every rank."""
 
-    def __init__(
-        self,
-        result: Path | None,
-        size: Size,
-        micro_batches: int,
-        turns: int,
-        warm_ups: int,
-        recompute: bool,
-        megatron: Mapping[str, Any],
-        budget_s: float,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, result: Path | None, plan: Plan, device: torch.device) -> None:
         self.rows: list[Row] = []
         self.left_out: list[str] = []
         """What was not measured, and why."""
@@ -191,32 +195,32 @@ class Bench:
         self.leads = self.world == 1 or dist.get_rank() == 0
         self.device = device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.hf_config = size.config()
-        self._result, self._size = result, size
-        self._micro_batches, self._turns, self._warm_ups = micro_batches, turns, warm_ups
-        self._recompute, self._megatron = recompute, dict(megatron)
-        self._until = time.monotonic() + budget_s
+        self.hf_config = plan.size.config()
+        self._result, self._plan = result, plan
+        self._until = time.monotonic() + plan.budget_s
         self._commit = commit()  # before a tracked result is written, which makes the checkout differ
         self._console = Console(quiet=not self.leads)
         if not self._console.is_terminal:  # a log has no width of its own
             self._console = Console(width=150, quiet=not self.leads)
 
-    def cases(self, backends: Sequence[str], depths: Sequence[int], tokens: Sequence[int]) -> Iterator[Case]:
+    def cases(self) -> Iterator[Case]:
         """Size by size, so that what a budget cuts off is the largest."""
-        paths = list(backends)
-        if "megatron" in backends:
-            arguments = MegatronArguments.make(self._megatron, self.world)
+        plan, paths = self._plan, list(self._plan.backends)
+        if "megatron" in paths:
+            arguments = MegatronArguments.make(plan.megatron, self.world)
             arguments.check(self.hf_config)
             if arguments.pp * arguments.cp > 1:
                 self._leave_out(f"{STOCK}: it is measured without pipeline and context parallelism alone")
-            elif arguments.sequence_parallel and any(n % arguments.tp for n in tokens):
+            elif arguments.sequence_parallel and any(n % arguments.tp for n in plan.tokens):
                 self._leave_out(f"{STOCK}: --tokens are not multiples of tensor_model_parallel_size")
             else:
                 paths.append(STOCK)
-        for n in tokens:
+        for n in plan.tokens:
             for path in paths:
-                for depth in (0, *depths):
-                    yield Case(backend=path, tokens=n, depth=depth)
+                yield Case(backend=path, tokens=n, depth=0)
+                for depth in plan.depths:
+                    for share in (1.0,) if path == STOCK else plan.shares:
+                        yield Case(backend=path, tokens=n, depth=depth, share=share)
 
     def measure(self, case: Case) -> None:
         """Adds the row of one case, or names it as left out."""
@@ -226,13 +230,14 @@ class Bench:
             return
         data = self.world
         if case.backend != "torch":
-            data = MegatronArguments.make(self._megatron, self.world).dp
-        batches = packs(self._micro_batches * data, case.tokens, self._size.vocab, self.device)
+            data = MegatronArguments.make(self._plan.megatron, self.world).dp
+        batches = packs(self._plan.micro_batches * data, case.tokens, self._plan.size.vocab, self.device)
         layers, head = parameters(self.hf_config)
         row = Row(
             backend=case.backend,
             tokens=case.tokens,
             depth=case.depth,
+            share=case.share,
             micro_batches=len(batches),
             parameters=layers + head,
             flops=step_flops(self.hf_config, batches),
@@ -271,7 +276,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         taken: list[float] = []
         norm: float | None = None
-        for turn in range(self._warm_ups + self._turns):
+        for turn in range(self._plan.warm_ups + self._plan.turns):
             if taken and self._late():
                 break
             if cuda:
@@ -280,7 +285,7 @@ class Bench:
             terms = step(batches)
             if cuda:
                 torch.cuda.synchronize()
-            if turn >= self._warm_ups:
+            if turn >= self._plan.warm_ups:
                 taken.append(time.perf_counter() - start)
             if turn == 0 and isinstance(terms, LossTerms):
                 norm = terms.grad_norm
@@ -289,13 +294,13 @@ class Bench:
     def _trainer(self, case: Case) -> Callable[[Sequence[PackedBatch]], object]:
         """The step of a fresh trainer."""
         config = RunConfig(
-            draft=DraftConfig(num_steps=max(1, case.depth)),
+            draft=DraftConfig(num_steps=max(1, case.depth), share=case.share),
             train=TrainConfig(
                 backend="torch" if case.backend == "torch" else "megatron",
-                gradient_checkpointing=self._recompute and case.backend == "torch",
+                gradient_checkpointing=self._plan.recompute and case.backend == "torch",
                 token_budget=case.tokens,
             ),
-            megatron=self._megatron,
+            megatron=dict(self._plan.megatron),
         )
         if case.backend == STOCK:
             from miles_spec.megatron_stock import StockTrainer
@@ -363,15 +368,15 @@ class Bench:
             checks(self.rows),
             commit=self._commit,
             settings={
-                **asdict(self._size),
+                **asdict(self._plan.size),
                 "ranks": self.world,
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "draft": QWEN_MTP.family,
                 "draft_loss": DraftConfig().loss,
-                "turns": self._turns,
-                "warm_ups": self._warm_ups,
-                "gradient_checkpointing": self._recompute,
-                "megatron": self._megatron,
+                "turns": self._plan.turns,
+                "warm_ups": self._plan.warm_ups,
+                "gradient_checkpointing": self._plan.recompute,
+                "megatron": self._plan.megatron,
                 "segment_tokens": SEGMENT_TOKENS,
             },
             left_out=self.left_out,
@@ -486,7 +491,8 @@ def _host_peak() -> int:
 
 def checks(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The goals that these rows can be held against, met or not."""
-    seconds = {(r.backend, r.tokens, r.depth): r.step_s for r in rows if r.step_s is not None}
+    shares = {(r.backend, r.tokens, r.depth, r.share): r.step_s for r in rows if r.step_s is not None}
+    seconds = {(b, tokens, depth): s for (b, tokens, depth, share), s in shares.items() if share == 1}
     norms = {(r.backend, r.tokens, r.depth, r.micro_batches): r.grad_norm for r in rows if r.grad_norm is not None}
     found = []
     for (backend, tokens, depth, count), norm in norms.items():
@@ -495,15 +501,18 @@ def checks(rows: Sequence[Row]) -> list[dict[str, Any]]:
             off = abs(norm / expected - 1)
             what = f"{tokens} tokens, depth {depth}: norm of the first gradient, Megatron over torch, less 1"
             found.append(check(what, off, f"at most {NORM:g}", off <= NORM))
-    for (backend, tokens, depth), with_draft in seconds.items():
+    for (backend, tokens, depth, learnt), with_draft in shares.items():
         alone = seconds.get((backend, tokens, 0))
         if backend == STOCK or depth == 0 or alone is None:
             continue
         more = with_draft - alone
         if depth == 1:
-            share, goal = more / with_draft, f"at most {DRAFT_SHARE}"
+            took, goal = more / with_draft, f"at most {DRAFT_SHARE}"
             what = f"{backend}, {tokens} tokens: the draft's share of the step at one depth"
-            found.append(check(what, share, goal, share <= DRAFT_SHARE))
+            what += "" if learnt == 1 else f", learning from {learnt:g} of the micro-batches"
+            found.append(check(what, took, goal, took <= DRAFT_SHARE))
+        if learnt != 1:
+            continue
         theirs, bare = seconds.get((STOCK, tokens, depth)), seconds.get((STOCK, tokens, 0))
         if backend == "megatron" and theirs is not None and bare is not None and theirs > bare:
             ratio, goal = more / (theirs - bare), f"below {OVER_MTP:g}"
@@ -544,4 +553,5 @@ def table(rows: Sequence[Row]) -> Table:
 
 def _trains(case: Case | Row) -> str:
     what = "MTP" if case.backend == STOCK else "draft"
-    return f"with {what}, depth {case.depth}" if case.depth else "policy alone"
+    share = "" if case.share == 1 else f", share {case.share:g}"
+    return f"with {what}, depth {case.depth}{share}" if case.depth else "policy alone"

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from conftest import tiny_config, tiny_model, tiny_tokenizer
 from miles_spec import checkpoint, draft_training, models
-from miles_spec.assemble import fresh_draft, given_draft
 from miles_spec.config import RunConfig
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE
 from miles_spec.draft_data import given, split
 from miles_spec.draft_training import Training, train
 from miles_spec.drafts import attach, export
+from miles_spec.first_draft import fresh_draft, given_draft
 from miles_spec.train.packing import pack
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import LossTerms, PackedBatch, Sample

@@ -20,6 +20,7 @@ from miles_spec.cli import main
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.train_bench import (
     STOCK,
+    Plan,
     Row,
     Size,
     checks,
@@ -40,7 +41,7 @@ ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="miniatures for a 
 
 def tiny(result: Path | None = None, **given: Any) -> list[Row]:
     options: dict[str, Any] = {"tokens": (256,), "size": TINY, "micro_batches": 1, "turns": 2, "warm_ups": 1}
-    return train(result, **{**options, **given})
+    return train(result, Plan(**{**options, **given}))
 
 
 def row(backend: str, depth: int, step_s: float | None, tokens: int = 8192) -> Row:
@@ -65,6 +66,13 @@ def test_torch_backend_is_measured_with_and_without_a_draft(
     assert len(written["rows"]) == 3 and written["settings"]["hidden"] == 64 and written["left_out"] == []
     assert [c["what"] for c in written["checks"]] == ["torch, 256 tokens: the draft's share of the step at one depth"]
     assert "policy alone" in (shown := capsys.readouterr().out) and "with draft, depth 3" in shown
+
+
+@ON_CPU
+def test_a_draft_that_learns_from_a_share() -> None:
+    rows = tiny(tokens=(64,), micro_batches=2, turns=1, shares=(1.0, 0.5))
+    assert [(r.depth, r.share) for r in rows] == [(0, 1), (1, 1), (1, 0.5)]
+    assert len({r.grad_norm for r in rows}) == 1
 
 
 @ON_CPU
@@ -94,7 +102,7 @@ def test_a_spent_budget_leaves_out_and_says_so(tmp_path: Path, capsys: pytest.Ca
 def test_a_budget_cuts_turns_short(monkeypatch: pytest.MonkeyPatch) -> None:
     late = iter([False, False, True])  # before the case, after one turn, after two
     monkeypatch.setattr(train_bench.Bench, "_late", lambda self: next(late))
-    bench = train_bench.Bench(None, TINY, 1, 5, 0, False, {}, 60.0, CPU)
+    bench = train_bench.Bench(None, Plan(size=TINY, micro_batches=1, turns=5, warm_ups=0, budget_s=60.0), CPU)
     bench.measure(train_bench.Case(backend="torch", tokens=64, depth=0))
     assert len(bench.rows[0].turns) == 2
 
@@ -270,6 +278,9 @@ def test_checks() -> None:
     two = [replace(row(backend, 0, None), grad_norm=norm) for backend, norm in (("torch", 1.0), ("megatron", 1.06))]
     assert [(c["value"], c["holds"]) for c in checks(two)] == [(pytest.approx(0.06), False)]
     assert checks([two[0], replace(two[1], micro_batches=4)]) == []
+    less = checks([*rows, replace(rows[1], share=0.5, step_s=1.02)])
+    assert [c["value"] for c in less[:2]] == [share["value"], over["value"]] and len(less) == 3
+    assert less[2]["value"] == pytest.approx(0.02 / 1.02) and "0.5 of the micro-batches" in less[2]["what"]
 
 
 def test_table_shows_what_was_not_measured() -> None:
@@ -288,6 +299,7 @@ def test_table_shows_what_was_not_measured() -> None:
         (["--backends", "jax"], "no backend 'jax'"),
         (["--tensor-model-parallel-size", "2"], "add megatron to --backends"),
         (["--depths", "0"], "at least 1"),
+        (["--shares", "0"], "a share of 0"),
         (["--hidden", "40"], "choose a multiple"),
         (["stray"], "unexpected argument stray"),
         (["--micro-batches=1", "--tp", "1", "2"], "unexpected argument 2"),
@@ -300,7 +312,7 @@ def test_mistakes(given: list[str], message: str, capsys: pytest.CaptureFixture[
 
 def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(train_bench, "train", lambda result, **given: calls.append((result, given)))
+    monkeypatch.setattr(train_bench, "train", lambda *given: calls.append(given))
     flags = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--recompute-granularity=full"]
     own = [
         "--json",
@@ -313,14 +325,17 @@ def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
         "--depths",
         "1",
         "3",
+        "--shares",
+        "1",
+        "0.5",
         "--hidden",
         "64",
     ]
     assert main(["bench", "train", *own, *flags]) == 0
-    ((result, given),) = calls
-    assert result == Path("t.json") and given["backends"] == ["torch", "megatron"]
-    assert (given["tokens"], given["depths"], given["size"].hidden) == ([64], [1, 3], 64)
-    assert given["megatron"] == {
+    ((result, plan),) = calls
+    assert result == Path("t.json") and plan.backends == ["torch", "megatron"]
+    assert (plan.tokens, plan.depths, plan.shares, plan.size.hidden) == ([64], [1, 3], [1, 0.5], 64)
+    assert plan.megatron == {
         "tensor-model-parallel-size": 2,
         "sequence-parallel": True,
         "recompute-granularity": "full",

@@ -112,12 +112,20 @@ class DraftTrainer:
         self.frozen = copy.deepcopy(self.draft).requires_grad_(False)
         self.frozen_version = self.version
 
-    def tensors(self, *, frozen: bool = False) -> dict[str, Tensor]:
-        """All that a checkpoint keeps, by its name there, not copies; with the frozen copy if there is one. With
-        `frozen`, to ask for names and shapes, as if there were."""
+    def keep_frozen(self, version: int | None) -> None:
+        """Has room for a frozen copy of that version, or none, as a checkpoint with it needs."""
+        if version is None:
+            self.frozen = None
+        elif self.frozen is None:
+            self.freeze()
+        self.frozen_version = version
+
+    def tensors(self, *, frozen: bool | None = None) -> dict[str, Tensor]:
+        """All that a checkpoint keeps, by its name there, not copies; with the frozen copy if there is one. `frozen`
+        asks for names and shapes as if there were one, or were none."""
         found = {f"draft.{name}": tensor for name, tensor in stored_tensors(self.draft).items()}
         found |= {f"draft_optim.{name}": tensor for name, tensor in self.optimizer.state().items()}
-        if self.frozen is not None or frozen:
+        if frozen or (frozen is None and self.frozen is not None):
             kept = stored_tensors(self.draft if self.frozen is None else self.frozen)
             found |= {f"frozen.{name}": tensor for name, tensor in kept.items()}
         return found
@@ -125,7 +133,7 @@ class DraftTrainer:
     def check_vocabulary(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises `ValueError` for a checkpoint of a draft over another vocabulary, from which other tensors of this one
         were derived when it was made."""
-        for name, tensor in self.tensors().items():
+        for name, tensor in self.tensors(frozen=False).items():
             if name.endswith(".vocab_ids") and not torch.equal(tensors[name].to(tensor.device), tensor):
                 raise ValueError(f"{name!r} differs: the checkpoint's draft is over another vocabulary than this run's")
 

@@ -320,12 +320,10 @@ class MegatronTrainer(Sleeper):
         if self.has_draft:
             self.draft_version = values["draft_version"]
         if self.draft is not None:
-            if values["draft_frozen_version"] is not None and self.draft.frozen is None:
-                self.draft.freeze()
+            self.draft.keep_frozen(values["draft_frozen_version"])
             for name, tensor in self.draft.tensors().items():
                 tensor.copy_(tensors[name])
             self.draft.optimizer.set_steps(self.draft_version)
-            self.draft.frozen_version = values["draft_frozen_version"]
             self.draft.warm_steps = values["draft_warm_steps"]
         torch.set_rng_state(tensors["random.cpu"].cpu())
 

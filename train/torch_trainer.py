@@ -271,21 +271,19 @@ class TorchTrainer(Sleeper):
         """See `Trainer`. Also raises for a tensor that this run has no place for, such as a draft's in a run without,
         and for a draft over another vocabulary; no weight has changed when it raises. The random state of a GPU is
         taken up where there is one. Every rank is given the whole state, of a run on any number of ranks."""
-        if self.draft is not None and values.get("draft_frozen_version") is not None and self.draft.frozen is None:
-            self.draft.freeze()
-        owned = self._owned()
-        wanted = {**owned, "random.cpu": torch.get_rng_state()}
+        frozen = values.get("draft_frozen_version")
+        wanted = {**self._owned(frozen=frozen is not None), "random.cpu": torch.get_rng_state()}
         check_state(tensors, {name: tensor.shape for name, tensor in wanted.items()})
         if self.draft is not None:
             self.draft.check_vocabulary(tensors)
-        for name, tensor in owned.items():
+            self.draft.keep_frozen(frozen)
+        for name, tensor in self._owned().items():
             fsdp.fill(tensor, tensors[name])
         self.version = values["version"]
         if self.optimizer is not None:
             self.optimizer.set_steps(self.version)
         if self.draft is not None:
             self.draft.optimizer.set_steps(values["draft_version"])
-            self.draft.frozen_version = values["draft_frozen_version"]
             self.draft.warm_steps = values["draft_warm_steps"]
         torch.set_rng_state(tensors["random.cpu"].cpu())
         if self.device.type == "cuda" and "random.cuda" in tensors:
@@ -300,14 +298,14 @@ class TorchTrainer(Sleeper):
         grads = [p.grad for p in [*weights, *drafted] if p.grad is not None]
         return {"weights": weights, GRADIENTS: grads, "optimizer": moments, "draft": held_by(self.draft)}
 
-    def _owned(self) -> dict[str, Tensor]:
+    def _owned(self, *, frozen: bool | None = None) -> dict[str, Tensor]:
         """Every tensor of the state that has a fixed place in memory, or this rank's share of it, by its name in a
-        checkpoint."""
+        checkpoint; `frozen` as in `DraftTrainer.tensors`."""
         parts: dict[str, dict[str, Tensor]] = {}
         if self.optimizer is not None:
             parts = {"policy": stored_tensors(self.model), "policy_optim": self.optimizer.state()}
         owned = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
-        return owned if self.draft is None else owned | self.draft.tensors()
+        return owned if self.draft is None else owned | self.draft.tensors(frozen=frozen)
 
     def _share(self, batches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
         """This rank's micro-batches, as many as every other rank's."""

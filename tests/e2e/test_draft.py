@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from e2e.conftest import Configure, Said, lines
 from miles_spec import checkpoint, cli, models
-from miles_spec.assemble import assemble, fresh_draft
+from miles_spec.assemble import assemble
 from miles_spec.draft.load import inspect
+from miles_spec.first_draft import fresh_draft
 from miles_spec.live import LiveTable
 from miles_spec.settings import dump
 

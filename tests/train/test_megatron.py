@@ -234,6 +234,26 @@ def test_resume_is_bit_for_bit(family: str, table: dict[str, Any], size: int) ->
     assert values == values_again and values["version"] == values["draft_version"] == 3
 
 
+def _without_frozen(arguments: Any) -> Any:
+    from miles_spec.train.megatron import MegatronTrainer
+
+    trainers = []
+    for _ in range(2):
+        model = _model("llama")
+        trainers.append(MegatronTrainer(model, _draft(model), _run(), "cpu"))
+    first, second = trainers
+    second.freeze_draft()
+    second.load_state(*first.state())
+    tensors, values = second.state()
+    return list(tensors), values
+
+
+def test_a_state_without_a_frozen_copy_leaves_none() -> None:
+    [(names, values)] = megatron_cpu.run(_without_frozen, {}, 1)
+    assert any(name.startswith("draft.") for name in names) and not any(name.startswith("frozen") for name in names)
+    assert values["draft_frozen_version"] is None
+
+
 @pytest.mark.parametrize(("family", "other"), [("llama", TP), ("deepseek_v3", EP)])
 def test_a_checkpoint_goes_to_any_layout_and_to_the_torch_trainer(family: str, other: str) -> None:
     """The values are those that were saved; the next step is near."""

@@ -519,6 +519,15 @@ def test_resume_is_bit_for_bit(family: str, spec: DraftSpec, k: int) -> None:
     assert whole.state()[1] == second.state()[1]
 
 
+def test_a_state_without_a_frozen_copy_leaves_none() -> None:
+    tensors, values = trainer(config()).state()
+    subject = trainer(config())
+    subject.freeze_draft()
+    subject.load_state(tensors, values)
+    again, same = subject.state()
+    assert values == same and tensors.keys() == again.keys() and not any(n.startswith("frozen") for n in again)
+
+
 def test_load_state_names_what_is_wrong_and_changes_nothing() -> None:
     subject = trainer(config())
     subject.step(batches())
