@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -340,3 +342,12 @@ def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
         "sequence-parallel": True,
         "recompute-granularity": "full",
     }
+
+
+@ON_CPU
+@megatron_cpu.installed
+def test_megatron_without_a_gpu_is_refused() -> None:
+    sizes = ["--hidden", "64", "--layers", "2", "--vocab", "256", "--tokens", "64", "--turns", "1", "--warm-ups", "0"]
+    command = [sys.executable, "-m", "miles_spec.cli", "bench", "train", "--backends", "megatron", *sizes]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and "Megatron needs a GPU" in ended.stderr and "Traceback" not in ended.stderr

@@ -55,7 +55,7 @@ from miles_spec.train.megatron_args import MegatronArguments
 
 
 def initialize(arguments: MegatronArguments) -> None:
-    """Makes Megatron's process groups; all ranks of the default group together."""
+    """Makes Megatron's process groups; all ranks of the default group together. Raises `ValueError` without a GPU."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=arguments.tp,
         pipeline_model_parallel_size=arguments.pp,
@@ -64,7 +64,12 @@ def initialize(arguments: MegatronArguments) -> None:
         expert_tensor_parallel_size=arguments.etp,
     )
     # sequence parallelism and recomputation ask for named generators, though nothing here draws from them
-    model_parallel_cuda_manual_seed(0)
+    try:
+        model_parallel_cuda_manual_seed(0)
+    except (AssertionError, RuntimeError) as error:
+        if torch.cuda.is_available():
+            raise
+        raise ValueError('Megatron needs a GPU, and torch sees none here; set train.backend = "torch"') from error
 
 
 def build(hf_config: Any, arguments: MegatronArguments, dtype: torch.dtype) -> Policy:
