@@ -91,9 +91,9 @@ class Run:
 
     def save(self, step: int, cursor: dict[str, Any], time_s: float) -> Path:
         """Writes the checkpoint of `step`, reached in `time_s`, after which the data goes on at `cursor`."""
-        tensors, values = self.trainer.state()
-        values = {"trainer": values, "source": cursor, "time_s": time_s}
-        return checkpoint.save(self.out, step, tensors, values, keep=self.config.checkpoint.keep)
+        trainer, keep = self.trainer, self.config.checkpoint.keep
+        values = {"trainer": trainer.state_values(), "source": cursor, "time_s": time_s}
+        return checkpoint.save(self.out, step, trainer.state_tensors(), values, keep=keep)
 
     def pieces(self, sample: Sample) -> list[str]:
         """The text of each response token."""

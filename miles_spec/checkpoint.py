@@ -1,7 +1,9 @@
 """Checkpoints: one folder per step, written whole or not at all.
 
-`checkpoints/step_000012/` holds `state.safetensors` (tensors) and `state.json` (values, and the checksums of both).
-A folder is written under a hidden name, flushed to the disk file by file, and renamed into place.
+`checkpoints/step_000012/` holds tensors in `tensors_00000.safetensors`, and in more such files where they take more
+than `FILE_BYTES`, and `state.json` (values, and the checksums of all files). Tensors come one by one, and no more of
+them are held than those of the file at hand. A folder is written under a hidden name, flushed to the disk file by file,
+and renamed into place.
 
 Invariant: whatever moment the process or the machine dies at, every visible folder is complete, and the checkpoint that
 was newest before the write, or the new one, can be loaded.
@@ -18,7 +20,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -26,13 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
+
+from miles_spec.stored import Stored
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-TENSORS, STATE = "state.safetensors", "state.json"
+FORMAT = 2
+TENSORS, STATE = "tensors_{:05d}.safetensors", "state.json"
+FILE_BYTES = 1 << 30
+"""Of tensors in one file, or of one that is larger."""
 CHUNK_BYTES = 1 << 24
 
 _DTYPES = {
@@ -58,8 +63,8 @@ class Checkpoint:
 
     path: Path
     step: int
-    tensors: dict[str, Tensor]
-    """On the CPU, bit for bit as saved."""
+    tensors: Mapping[str, Tensor]
+    """On the CPU, bit for bit as saved, read when they are asked for."""
     values: dict[str, Any]
     """As JSON gives them back: tuples are lists, and keys are strings."""
 
@@ -72,16 +77,16 @@ def steps(out: Path) -> list[int]:
     return sorted(int(m[1]) for p in root.iterdir() if (m := re.fullmatch(r"step_(\d{6,})", p.name)))
 
 
-def save(out: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], *, keep: int) -> Path:
+def save(out: Path, step: int, tensors: Iterable[tuple[str, Tensor]], values: Mapping[str, Any], *, keep: int) -> Path:
     """Writes the checkpoint of `step`, removes all but the `keep` newest up to it, and returns its folder.
 
-    Tensors may be on any device, share memory or have strides; one at a time is copied. A checkpoint of the same step
-    is replaced; those of later steps are left alone. Raises `ValueError` for `keep < 1`, values that JSON cannot hold
-    and dtypes that safetensors has no name for, and `OSError`, saying what is kept, where the disk is full or fails.
+    Tensors, each with a name of its own, may be on any device, share memory or have strides; those of one file are
+    copied at a time. A checkpoint of the same step is replaced; those of later steps are left alone. Raises
+    `ValueError` for `keep < 1`, values that JSON cannot hold and dtypes that safetensors has no name for, `OSError`,
+    saying what is kept, where the disk is full or fails, and what `tensors` raises.
     """
     if keep < 1:
         raise ValueError(f"checkpoint.keep must be at least 1, not {keep}")
-    header, order = _header(tensors)
     try:
         content = json.loads(json.dumps({"format": FORMAT, "step": step, "values": dict(values)}))
     except (TypeError, ValueError) as error:
@@ -95,7 +100,11 @@ def save(out: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[st
         _sync_folder(out)
         _recover(root)
         temporary.mkdir()
-        content |= _write(temporary / TENSORS, chain([header], (_bytes(tensors[name]) for name in order)))
+        content["files"] = {}
+        for number, part in enumerate(_parts(tensors)):
+            name = TENSORS.format(number)
+            header, order = _header(part)
+            content["files"][name] = _write(temporary / name, chain([header], (_bytes(part[n]) for n in order)))
         content["state_sha256"] = _state_sha256(content)
         _write(temporary / STATE, [json.dumps(content, indent=1).encode()])
         _sync_folder(temporary)
@@ -103,9 +112,11 @@ def save(out: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[st
             os.rename(path, old)
         os.rename(temporary, path)
         _sync_folder(root)
-    except OSError as error:
+    except Exception as error:
         with suppress(OSError):  # what cannot be swept now is swept by the next save
             _recover(root)
+        if not isinstance(error, OSError):
+            raise
         kept = steps(out)
         raise OSError(
             f"the checkpoint of step {step} could not be written to {root} ({error.strerror or error}); "
@@ -157,25 +168,38 @@ def load(path: Path) -> Checkpoint:
     if not intact:
         raise ValueError(f"the checkpoint is corrupt: {path / STATE} differs from its checksum")
 
-    file = path / TENSORS
-    try:
-        size = file.stat().st_size
-        if size != content["tensors_bytes"]:
-            raise ValueError(
-                f"the checkpoint is corrupt: {file} has {size} bytes instead of {content['tensors_bytes']}"
-            )
-        with file.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != content["tensors_sha256"]:
-                raise ValueError(f"the checkpoint is corrupt: {file} differs from its checksum")
-        tensors = load_file(file)
-    except FileNotFoundError as error:
-        raise ValueError(f"the checkpoint is corrupt: {file} is missing") from error
+    for name, written in content["files"].items():
+        file = path / name
+        try:
+            size = file.stat().st_size
+            if size != written["bytes"]:
+                raise ValueError(f"the checkpoint is corrupt: {file} has {size} bytes instead of {written['bytes']}")
+            with file.open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != written["sha256"]:
+                    raise ValueError(f"the checkpoint is corrupt: {file} differs from its checksum")
+        except FileNotFoundError as error:
+            raise ValueError(f"the checkpoint is corrupt: {file} is missing") from error
+    tensors = Stored([path / name for name in content["files"]])
     return Checkpoint(path=path, step=content["step"], tensors=tensors, values=content["values"])
 
 
 def _state_sha256(content: Mapping[str, Any]) -> str:
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Those of one file after the other, in the host's memory."""
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if part and size + tensor.nbytes > FILE_BYTES:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor.detach().cpu()
+        size += tensor.nbytes
+    if part:
+        yield part
 
 
 def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
@@ -196,7 +220,7 @@ def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
@@ -212,7 +236,7 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
             size += len(view)
         file.flush()
         os.fsync(file.fileno())
-    return {"tensors_bytes": size, "tensors_sha256": sha.hexdigest()}
+    return {"bytes": size, "sha256": sha.hexdigest()}
 
 
 def _sync_folder(path: Path) -> None:

@@ -165,9 +165,9 @@ class Training:
 
     def save(self) -> Path:
         """Writes the checkpoint of the step at hand: the draft and its optimizer, not the model."""
-        tensors, values = self.trainer.state()
-        kept = {"trainer": values, "data": self._fingerprint, "time_s": self._time_s}
-        return checkpoint.save(self.out, self.step, tensors, kept, keep=self.config.checkpoint.keep)
+        trainer, keep = self.trainer, self.config.checkpoint.keep
+        values = {"trainer": trainer.state_values(), "data": self._fingerprint, "time_s": self._time_s}
+        return checkpoint.save(self.out, self.step, trainer.state_tensors(), values, keep=keep)
 
     def finish(self) -> dict[str, Any]:
         """Writes the draft's folder and `summary.json`; the latter's content."""

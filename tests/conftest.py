@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 
 from distributed import Ranks
+
+
+def state_of(trainer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """All that resuming needs, the tensors by name; not copies."""
+    return dict(trainer.state_tensors()), trainer.state_values()
+
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma")
 

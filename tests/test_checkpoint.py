@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from fakes import flip_bit
 from miles_spec import checkpoint
-from miles_spec.checkpoint import load, load_latest, save, steps
+from miles_spec.checkpoint import load, load_latest, steps
 
 VALUES = {"cursor": 7, "state": [1, 2.5, None, "é"], "nested": {"lr": 1e-5, "third": 1 / 3, "big": 2**63 + 1}}
+
+
+def save(out: Path, step: int, tensors: dict[str, torch.Tensor], values: dict[str, Any], *, keep: int) -> Path:
+    return checkpoint.save(out, step, tensors.items(), values, keep=keep)
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -51,7 +56,7 @@ def raw(tensor: torch.Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_same(got: Mapping[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (got[name].dtype, got[name].shape) == (tensor.dtype, tensor.shape), name
@@ -70,14 +75,14 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert got is not None
     assert (got.path, got.step, got.values) == (path, 12, VALUES)
     assert_same(got.tensors, tensors())
-    assert sorted(p.name for p in path.iterdir()) == ["state.json", "state.safetensors"]
+    assert sorted(p.name for p in path.iterdir()) == ["state.json", "tensors_00000.safetensors"]
     assert hidden(tmp_path) == []
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_the_file_is_what_safetensors_reads(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Random sets of tensors, read with the library's own lazy reader."""
+    """Random sets of tensors, read with the library's own reader."""
     dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.bool, torch.int64])
     shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
     described = data.draw(
@@ -85,8 +90,57 @@ def test_the_file_is_what_safetensors_reads(tmp_path_factory: pytest.TempPathFac
     )
     made = {name: (torch.rand(shape) * 2).to(dtype) for name, (shape, dtype) in described.items()}
     path = save(tmp_path_factory.mktemp("out"), 1, made, {}, keep=1)
-    with safe_open(path / "state.safetensors", "pt") as file:
-        assert_same({name: file.get_tensor(name) for name in file.keys()}, made)  # noqa: SIM118
+    files = [load_file(file) for file in path.glob("*.safetensors")]
+    assert len(files) == bool(made)
+    assert_same({name: tensor for file in files for name, tensor in file.items()}, made)
+
+
+def test_many_tensors_go_to_several_files_and_no_more_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 100)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    held = []
+
+    def made() -> Iterator[tuple[str, torch.Tensor]]:
+        for i, size in enumerate((10, 10, 5, 60, 3, 0, 22)):
+            held.append(sum(ref() is not None for ref in alive))
+            tensor = torch.full((size,), float(i))
+            alive.append(weakref.ref(tensor))
+            yield f"t{i}", tensor.view(-1)
+
+    path = checkpoint.save(tmp_path, 1, made(), {}, keep=1)
+    sizes = [[t.numel() for t in load_file(file).values()] for file in sorted(path.glob("*.safetensors"))]
+    assert [sorted(of_file) for of_file in sizes] == [[5, 10, 10], [60], [0, 3, 22]]
+    assert max(held) <= 4  # those of a file, and the one that begins the next
+    got = load(path).tensors
+    assert len(got) == 7
+    assert all(torch.equal(got[f"t{i}"], torch.full((n,), float(i))) for i, n in enumerate((10, 10, 5, 60, 3, 0, 22)))
+    with pytest.raises(KeyError):
+        got["t7"]
+    (path / "tensors_00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"tensors_00001\.safetensors is missing"):
+        load(path)
+
+
+def test_what_is_read_can_be_changed_and_the_file_stays(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, {"a": torch.arange(3.0)}, {}, keep=1)
+    load(path).tensors["a"].zero_()
+    assert load(path).tensors["a"].tolist() == [0, 1, 2]
+
+
+def test_an_error_of_whoever_gives_the_tensors_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 1, tensors(), {}, keep=1)
+    ended = []
+
+    def lost() -> Iterator[tuple[str, torch.Tensor]]:
+        try:
+            yield "a", torch.zeros(3)
+            raise RuntimeError("rank 1 is gone")
+        finally:
+            ended.append(True)
+
+    with pytest.raises(RuntimeError, match="rank 1 is gone"):
+        checkpoint.save(tmp_path, 2, lost(), {}, keep=1)
+    assert ended and steps(tmp_path) == [1] and hidden(tmp_path) == []
 
 
 def test_nothing_saved_gives_none(tmp_path: Path) -> None:
@@ -98,7 +152,7 @@ def test_nothing_saved_gives_none(tmp_path: Path) -> None:
 
 def test_no_tensors_and_no_values(tmp_path: Path) -> None:
     got = load(save(tmp_path, 1, {}, {}, keep=1))
-    assert (got.tensors, got.values) == ({}, {})
+    assert (dict(got.tensors), got.values) == ({}, {})
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -120,14 +174,14 @@ def test_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert hidden(tmp_path) == []
 
 
-def test_what_cannot_be_written_is_refused_before_writing(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep must be at least 1, not 0"):
         save(tmp_path, 1, {}, {}, keep=0)
     with pytest.raises(ValueError, match=r"values of the checkpoint of step 1 cannot be written as JSON: .*PosixPath"):
         save(tmp_path, 1, {}, {"path": tmp_path}, keep=1)
     with pytest.raises(ValueError, match=r"tensor 'c' of dtype torch\.complex128 cannot be written"):
         save(tmp_path, 1, {"c": torch.zeros(1, dtype=torch.complex128)}, {}, keep=1)
-    assert not (tmp_path / "checkpoints").exists()
+    assert steps(tmp_path) == [] and hidden(tmp_path) == []
 
 
 def test_integer_keys_become_strings_and_stay_intact(tmp_path: Path) -> None:
@@ -140,13 +194,13 @@ def test_integer_keys_become_strings_and_stay_intact(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_of_the_tensors_is_noticed(tmp_path: Path) -> None:
-    path = save(tmp_path, 2, {"a": torch.arange(3.0)}, {}, keep=1) / "state.safetensors"
+    path = save(tmp_path, 2, {"a": torch.arange(3.0)}, {}, keep=1) / "tensors_00000.safetensors"
     data = path.read_bytes()
     for bit in range(8 * len(data)):
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"corrupt: .*state\.safetensors differs from its checksum"):
+        with pytest.raises(ValueError, match=r"corrupt: .*tensors_00000\.safetensors differs from its checksum"):
             load(path.parent)
 
 
@@ -168,7 +222,7 @@ def test_a_flipped_bit_of_the_state_is_noticed_or_harmless(tmp_path: Path) -> No
     assert noticed > 0.9 * len(bits)
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["tensors_00000.safetensors", "state.json"])
 def test_truncated_and_missing_files_are_named(tmp_path: Path, name: str) -> None:
     path = save(tmp_path, 2, tensors(), VALUES, keep=1) / name
     data = path.read_bytes()
@@ -185,8 +239,10 @@ def test_a_corrupt_newest_one_is_not_passed_over_in_silence(tmp_path: Path) -> N
     for step in (5, 10):
         save(tmp_path, step, tensors(step), {}, keep=2)
     newest = tmp_path / "checkpoints" / "step_000010"
-    (newest / "state.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"state\.safetensors is missing; removing .*step_000010 resumes from step 5$"):
+    (newest / "tensors_00000.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"tensors_00000\.safetensors is missing; removing .*step_000010 resumes from step 5$"
+    ):
         load_latest(tmp_path)
     shutil.rmtree(newest)
     got = load_latest(tmp_path)
@@ -198,8 +254,8 @@ def test_a_corrupt_newest_one_is_not_passed_over_in_silence(tmp_path: Path) -> N
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1, {}, {}, keep=1) / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-    with pytest.raises(ValueError, match=r"state\.json is of checkpoint format 2, and this version reads format 1"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(ValueError, match=r"state\.json is of checkpoint format 1, and this version reads format 2"):
         load(path.parent)
 
 
@@ -256,6 +312,11 @@ def failing(
         yield reached
 
 
+@pytest.fixture
+def several_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 300)
+
+
 def operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> list[str]:
     out = tmp_path / "dry"
     save(out, 1, tensors(1), {}, keep=1)
@@ -264,6 +325,7 @@ def operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> li
     return reached
 
 
+@pytest.mark.usefixtures("several_files")
 @pytest.mark.parametrize("step", [2, 1], ids=["next step", "same step"])
 def test_a_crash_at_any_moment_leaves_a_checkpoint_that_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
@@ -288,6 +350,7 @@ def test_a_crash_at_any_moment_leaves_a_checkpoint_that_loads(
     assert loaded == sorted(loaded) and set(loaded) == {1, 2}  # the old one up to the rename, the new one from it on
 
 
+@pytest.mark.usefixtures("several_files")
 @pytest.mark.parametrize("step", [2, 1], ids=["next step", "same step"])
 def test_an_error_of_the_disk_at_any_moment_is_one_sentence_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, caplog: pytest.LogCaptureFixture

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conftest import tiny_config, tiny_model, tiny_tokenizer
+from conftest import state_of, tiny_config, tiny_model, tiny_tokenizer
 from miles_spec import checkpoint, draft_training, models
 from miles_spec.config import RunConfig
 from miles_spec.draft.modules import DraftHead
@@ -340,7 +340,7 @@ def test_a_draft_that_is_not_to_be_trained(which: str, configure: Configure) -> 
 
 def test_a_directory_of_another_kind_of_run(configure: Configure) -> None:
     config = configure()
-    checkpoint.save(Path(config.out), 1, {}, {"source": {}}, keep=1)
+    checkpoint.save(Path(config.out), 1, [], {"source": {}}, keep=1)
     with pytest.raises(ValueError, match="holds checkpoints of `miles-spec train`; choose another"):
         train(config, quiet())
 
@@ -424,7 +424,7 @@ def test_an_estimate_changes_nothing(configure: Configure) -> None:
 def test_a_teacher_has_no_optimizer_and_no_gradient() -> None:
     trainer = TorchTrainer(tiny_model(), None, RunConfig(), "cpu", policy=False)
     assert trainer.optimizer is None and not any(p.requires_grad for p in trainer.model.parameters())
-    assert [name for name in trainer.state()[0] if not name.startswith("random")] == []
+    assert [name for name in state_of(trainer)[0] if not name.startswith("random")] == []
     with pytest.raises(AssertionError, match="trains no policy"):
         trainer.step([])
     with pytest.raises(ValueError, match="there is no draft to train"):

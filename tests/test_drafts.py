@@ -202,8 +202,7 @@ def run(model: str, tmp_path: Path) -> Path:
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    tensors, values = trainer.state()
-    checkpoint.save(out, 3, tensors, {"trainer": values}, keep=1)
+    checkpoint.save(out, 3, trainer.state_tensors(), {"trainer": trainer.state_values()}, keep=1)
     (out / "config.toml").write_text(dump(config))
     return out
 

@@ -16,12 +16,13 @@ FOLDERS = ("kernels", "draft", "sync", "train", "rollout")
 COMMON = {"models", "types", "config"}
 ALLOWED = {
     "types": set(),
+    "stored": set(),
     "config": {"types"},
     "widen": set(),
     "models": {"types", "config", "kernels", "widen"},
     "kernels": {"kernels", "types"},
     "draft": {"draft", "kernels"} | COMMON,
-    "train": {"train", "draft", "kernels"} | COMMON,
+    "train": {"train", "draft", "kernels", "stored"} | COMMON,
 }
 """Layers that may import these and nothing else of ours; every other layer may import all but `FORBIDDEN`."""
 TOP = {

@@ -62,13 +62,19 @@ class Trainer(Protocol):
         """The tensors an engine serves, by their names in the exported checkpoint; detached, not copied."""
         ...
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that resuming needs: named tensors (weights, optimizer moments, frozen draft, random state) and
-        JSON values."""
+    def state_values(self) -> dict[str, Any]:
+        """What resuming needs beside `state_tensors`, for JSON."""
+        ...
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors that resuming needs (weights, optimizer moments, frozen draft, random state), each by a name of
+        its own; detached, not copied. Those that several ranks hold are gathered one at a time, as they are asked for,
+        and are rank 0's alone: on the others their names come with anything."""
         ...
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """The reverse of `state`. Raises `ValueError` naming the first tensor that is missing or misshapen."""
+        """The reverse of both; every rank is given all of them. Raises `ValueError` naming the first tensor that is
+        missing or misshapen."""
         ...
 
     @property

@@ -265,30 +265,16 @@ class MegatronTrainer(Sleeper):
         yield from self.ranks.from_speaker(list(tensors.items()), self.device)
 
     @guarded
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """See `Trainer`: whole tensors under the names that `TorchTrainer` gives them, so that a run may go on with
-        another layout or backend. Gathered one at a time into the host's memory of rank 0; other ranks get none."""
-        tensors: dict[str, Tensor] = {}
-        if self.optimizer is not None:
-            for state in STATES:
-                # all ranks that share a parameter gather it, though not all of them send it on
-                whole = {p: self.optimizer.values(p, state) for p in self.policy.parameters()}
-                buffers = state == "param"  # which have no moments
-                for name, tensor in megatron_weights.export_values(self.policy, whole.__getitem__, buffers=buffers):
-                    if tensor is not None:
-                        tensors[_named(name, state)] = tensor.cpu()
+    def state_values(self) -> dict[str, Any]:
+        """See `Trainer`; the same on all ranks."""
         values: dict[str, Any] = {"version": self.version}
         if self.has_draft:
-            own: list[tuple[str, Tensor]] = []
             # told, since after a step that failed halfway only the draft's own ranks know of its updates
             version, frozen_version, warm_steps = 0.0, -1.0, 0.0
             if self.draft is not None:
-                own = list(self.draft.tensors().items())
                 version, warm_steps = self.draft.version, self.draft.warm_steps
                 if self.draft.frozen_version is not None:
                     frozen_version = self.draft.frozen_version
-            for name, tensor in self.ranks.from_speaker(own, self.device):
-                tensors[name] = tensor.cpu()
             told = self.ranks.tell([version, frozen_version, warm_steps], self.device)
             self.draft_version, frozen, warm = map(int, told)
             values |= {
@@ -296,12 +282,28 @@ class MegatronTrainer(Sleeper):
                 "draft_frozen_version": None if frozen < 0 else frozen,
                 "draft_warm_steps": warm,
             }
-        tensors["random.cpu"] = torch.get_rng_state()
-        return (tensors if dist.get_rank() == 0 else {}), values
+        return values
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Trainer`: of Hugging Face's names and shapes, so that they can be loaded in another layout or
+        backend."""
+        self.memory.need()
+        nothing = torch.empty(0)
+        if self.optimizer is not None:
+            for state in STATES:
+                # all ranks that share a parameter gather it, though not all of them send it on
+                whole = {p: self.optimizer.values(p, state) for p in self.policy.parameters()}
+                buffers = state == "param"  # which have no moments
+                for name, tensor in megatron_weights.export_values(self.policy, whole.__getitem__, buffers=buffers):
+                    yield _named(name, state), nothing if tensor is None else tensor
+        if self.has_draft:
+            own = [] if self.draft is None else list(self.draft.tensors().items())
+            yield from self.ranks.from_speaker(own, self.device)
+        yield "random.cpu", torch.get_rng_state()
 
     @guarded
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """See `Trainer`; all ranks are given all tensors. Also raises for a tensor that this run has no place for; no
+        """See `Trainer`. Also raises for a tensor that this run has no place for; no
         weight has changed when it raises."""
         check_state(tensors, self._wanted(values))
         if self.draft is not None:

@@ -1,4 +1,5 @@
-"""What rank 0 says to the others: JSON, after which come its tensors as their bytes. Never a pickle.
+"""What rank 0 says to the others: JSON, after which come its tensors as their bytes. Never a pickle. Of tensors in
+files only the files are named.
 
 Invariant: every value arrives as it was sent, bit for bit, but for sequences, which arrive as lists, and for tensors of
 a GPU, which arrive on the receiver's.
@@ -10,12 +11,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from miles_spec.kernels.layout import PackedLayout
+from miles_spec.stored import Stored
 from miles_spec.types import PackedBatch
 
 Message = dict[str, Any]
@@ -57,6 +60,8 @@ def _encode(value: Any, tensors: list[Tensor]) -> Any:
         assert value.layout.cp_size == 1, "a batch travels whole; trainers cut it"
         named = {f.name: _encode(getattr(value, f.name), tensors) for f in fields(value) if f.name != "layout"}
         return {"batch": named, "lengths": list(value.layout.lengths)}
+    if isinstance(value, Stored):
+        return {"stored": [str(path.absolute()) for path in value.paths]}
     if isinstance(value, Mapping):
         assert all(isinstance(key, str) for key in value), "JSON has no other keys"
         return {"mapping": {key: _encode(item, tensors) for key, item in value.items()}}
@@ -73,6 +78,8 @@ def decode(value: Any, tensors: Sequence[Tensor], device: torch.device) -> Any:
         return value
     if "tensor" in value:
         return tensors[value["tensor"]]
+    if "stored" in value:
+        return Stored([Path(path) for path in value["stored"]])
     named = value["batch"] if "batch" in value else value["mapping"]
     parts = {key: decode(item, tensors, device) for key, item in named.items()}
     return PackedBatch(layout=PackedLayout.make(value["lengths"], device), **parts) if "batch" in value else parts

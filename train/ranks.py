@@ -314,12 +314,16 @@ class Leader:
         """See `Trainer`."""
         return self._stream("weights", role)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state_values(self) -> dict[str, Any]:
         """See `Trainer`."""
-        return self._call("state")
+        return self._call("state_values")
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Trainer`."""
+        return self._stream("state_tensors")
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """See `Trainer`. Every follower holds all of `tensors` while it takes its part."""
+        """See `Trainer`. Followers read `Stored` tensors from the files, and are sent all others."""
         self._call("load_state", tensors, values)
 
     @property

@@ -244,11 +244,8 @@ class TorchTrainer(Sleeper):
         yield from self.draft.draft.exported().items()
 
     @guarded
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """See `Trainer`. Tensors are the trainer's own, not copies: write them out before the next step.
-
-        On several ranks the first has them all, gathered in the host's memory, and the others none.
-        """
+    def state_values(self) -> dict[str, Any]:
+        """See `Trainer`."""
         values: dict[str, Any] = {"version": self.version}
         if self.draft is not None:
             values |= {
@@ -256,21 +253,22 @@ class TorchTrainer(Sleeper):
                 "draft_frozen_version": self.draft.frozen_version,
                 "draft_warm_steps": self.draft.warm_steps,
             }
-        random = {"random.cpu": torch.get_rng_state()}
+        return values
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Trainer`. On several ranks each gets copies of the whole, one at a time."""
+        self.memory.need()
+        for name, tensor in self._owned().items():
+            yield name, fsdp.full(tensor.detach())
+        yield "random.cpu", torch.get_rng_state()
         if self.device.type == "cuda":
-            random["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        tensors = self._owned() | random
-        if self.group is None:
-            return tensors, values
-        leads = self.group.rank() == 0
-        gathered = ((name, fsdp.full(tensor)) for name, tensor in tensors.items())
-        return {name: whole.cpu() for name, whole in gathered if leads}, values
+            yield "random.cuda", torch.cuda.get_rng_state(self.device)
 
     @guarded
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """See `Trainer`. Also raises for a tensor that this run has no place for, such as a draft's in a run without,
         and for a draft over another vocabulary; no weight has changed when it raises. The random state of a GPU is
-        taken up where there is one. Every rank is given the whole state, of a run on any number of ranks."""
+        taken up where there is one. The state may be of a run on any number of ranks."""
         frozen = values.get("draft_frozen_version")
         wanted = {**self._owned(frozen=frozen is not None), "random.cpu": torch.get_rng_state()}
         check_state(tensors, {name: tensor.shape for name, tensor in wanted.items()})

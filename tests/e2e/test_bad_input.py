@@ -21,10 +21,10 @@ def test_a_corrupt_checkpoint(run_file: RunFile, tmp_path: Path, said: Callable[
     path, root = run_file(steps=2, checkpoint__every=1), tmp_path / "out" / "checkpoints"
     assert cli.main(["train", path]) == 0
     before = lines(tmp_path / "out")
-    flip_bit_of_file(root / "step_000002" / "state.safetensors", 99999)
+    flip_bit_of_file(root / "step_000002" / "tensors_00000.safetensors", 99999)
     assert cli.main(["train", path, "--steps", "3"]) == 2
     assert said() == (
-        f"the checkpoint is corrupt: {root}/step_000002/state.safetensors differs from its checksum; "
+        f"the checkpoint is corrupt: {root}/step_000002/tensors_00000.safetensors differs from its checksum; "
         f"removing {root}/step_000002 resumes from step 1"
     )
     assert lines(tmp_path / "out") == before

@@ -131,13 +131,13 @@ def test_a_layout_that_does_not_fit_is_refused_at_once(
 
 def assert_near(out: Path, other: Path, padding: int | None = None) -> None:
     """Two runs of equal rollouts, as far as rounding goes; but for the embedding of `padding`."""
-    a, b = load_latest(out), load_latest(other)
-    assert a is not None and b is not None and a.tensors.keys() == b.tensors.keys()
-    weights = [name for name in a.tensors if name.startswith(("policy.", "draft.")) and name != "draft.vocab_ids"]
+    a, b = (dict(found.tensors) for found in map(load_latest, (out, other)) if found is not None)
+    assert a.keys() == b.keys()
+    weights = [name for name in a if name.startswith(("policy.", "draft.")) and name != "draft.vocab_ids"]
     assert weights
     if padding is not None:
-        a.tensors["policy.model.embed_tokens.weight"][padding] = b.tensors["policy.model.embed_tokens.weight"][padding]
+        a["policy.model.embed_tokens.weight"][padding] = b["policy.model.embed_tokens.weight"][padding]
     for name in weights:
         torch.testing.assert_close(
-            a.tensors[name], b.tensors[name], atol=1e-4, rtol=1e-3, msg=lambda said, name=name: f"{name}: {said}"
+            a[name], b[name], atol=1e-4, rtol=1e-3, msg=lambda said, name=name: f"{name}: {said}"
         )

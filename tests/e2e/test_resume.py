@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -39,7 +39,7 @@ def untimed(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in lines(out)]
 
 
-def state(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def state(out: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """The newest checkpoint, without its time."""
     found = load_latest(out)
     assert found is not None
@@ -226,7 +226,7 @@ def test_a_full_disk_at_save_time(
         f"the checkpoint of step 4 could not be written to {out / 'checkpoints'} ({strerror}); the one of step 2 is "
         "kept"
     )
-    assert written == ["state.safetensors", "state.json", "state.safetensors"]  # and no second attempt
+    assert written == ["tensors_00000.safetensors", "state.json", "tensors_00000.safetensors"]  # and no second attempt
     assert steps(out) == [2] and [row["step"] for row in lines(out)] == [1, 2, 3, 4]
     assert cli.main(["train", path]) == 0
     assert_same_run(out, Path(finished.out))

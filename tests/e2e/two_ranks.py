@@ -30,7 +30,7 @@ class Checked(TorchTrainer):
         self._compare(None)
 
     def _compare(self, terms: LossTerms | None) -> None:
-        tensors = [t for name, t in self.state()[0].items() if not name.startswith("random.")]
+        tensors = [t for name, t in self.state_tensors() if not name.startswith("random.")]
         mine = torch.cat([t.reshape(-1).double() for t in tensors])
         theirs = mine.clone()
         dist.broadcast(theirs, 0)

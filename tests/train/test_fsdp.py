@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from conftest import tiny_model
+from conftest import state_of, tiny_model
 from distributed import Ranks
 from miles_spec.config import DraftConfig, RunConfig, TrainConfig
 from miles_spec.draft.modules import DraftHead
@@ -190,11 +190,9 @@ def _resumed(group: dist.ProcessGroup) -> None:
 
     def saved(subject: TorchTrainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What rank 0 would write, on every rank."""
-        found, values = subject.state()
-        leads = subject.group is None or group.rank() == 0
-        places = subject._owned() | {"random.cpu": torch.get_rng_state()}
-        assert found.keys() == (places.keys() if leads else set())
-        kept = {n: found[n].clone() if leads else torch.empty(t.shape, dtype=t.dtype) for n, t in places.items()}
+        found, values = state_of(subject)
+        assert found.keys() == (subject._owned() | {"random.cpu": None}).keys()
+        kept = {name: tensor.clone() for name, tensor in found.items()}
         for tensor in kept.values():
             dist.broadcast(tensor, group=group, group_src=0)
         return kept, values

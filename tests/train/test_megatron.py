@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import megatron_cpu
-from conftest import tiny_config
+from conftest import state_of, tiny_config
 from miles_spec.config import RunConfig
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE, EAGLE3, NEXTN
@@ -61,7 +61,7 @@ def _run(**train: Any) -> RunConfig:
 
 def _outcome(trainer: Any, packs: Sequence[PackedBatch], steps: int = STEPS) -> Outcome:
     terms = [trainer.step(packs) for _ in range(steps)]
-    tensors, _ = trainer.state()
+    tensors, _ = state_of(trainer)
     policy = {name: t.clone() for name, t in tensors.items() if name.startswith("policy")}
     return terms, policy, {name: t.clone() for name, t in tensors.items() if name.startswith(("draft", "frozen"))}
 
@@ -211,7 +211,7 @@ def _resumed(arguments: Any, table: Mapping[str, Any], saved: Any, steps: int, f
         trainer.load_state(*saved)
     for _ in range(steps):
         trainer.step(_packs())
-    tensors, values = trainer.state()
+    tensors, values = state_of(trainer)
     return {name: tensor.clone() for name, tensor in tensors.items()}, values
 
 
@@ -243,8 +243,8 @@ def _without_frozen(arguments: Any) -> Any:
         trainers.append(MegatronTrainer(model, _draft(model), _run(), "cpu"))
     first, second = trainers
     second.freeze_draft()
-    second.load_state(*first.state())
-    tensors, values = second.state()
+    second.load_state(*state_of(first))
+    tensors, values = state_of(second)
     return list(tensors), values
 
 
@@ -263,10 +263,10 @@ def test_a_checkpoint_goes_to_any_layout_and_to_the_torch_trainer(family: str, o
     torch_trainer = TorchTrainer(model := _model(family), _draft(model), _run(), "cpu")
     torch_trainer.freeze_draft()
     torch_trainer.load_state(*saved)
-    assert_same(torch_trainer.state()[0], saved[0])
-    back = resumed({other: 2}, 2, torch_trainer.state(), 1, family)[0]
+    assert_same(state_of(torch_trainer)[0], saved[0])
+    back = resumed({other: 2}, 2, state_of(torch_trainer), 1, family)[0]
     torch_trainer.step(_packs())
-    named = {name: tensor for name, tensor in torch_trainer.state()[0].items() if not name.startswith("random")}
+    named = {name: tensor for name, tensor in state_of(torch_trainer)[0].items() if not name.startswith("random")}
     assert_near({name: back[name] for name in named}, named, 1e-5)
 
 
@@ -279,7 +279,7 @@ def _loaded(arguments: Any, change: str) -> str:
     draft = DraftHead.attach(model, EAGLE, ids, torch.Generator().manual_seed(1))
     trainer = MegatronTrainer(model, draft, _run(), "cpu")
     trainer.step(_packs())
-    tensors, values = trainer.state()
+    tensors, values = state_of(trainer)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     name = "policy.model.norm.weight"
     if change == "vocabulary":
@@ -292,7 +292,7 @@ def _loaded(arguments: Any, change: str) -> str:
         tensors["policy.more"] = tensors[name]
     with pytest.raises(ValueError) as error:
         trainer.load_state({**tensors, "random.cpu": before["random.cpu"]}, {**values, "version": 7})
-    assert trainer.version == 1 and all(torch.equal(t, before[n]) for n, t in trainer.state()[0].items())
+    assert trainer.version == 1 and all(torch.equal(t, before[n]) for n, t in state_of(trainer)[0].items())
     return str(error.value)
 
 
@@ -352,12 +352,12 @@ def _few(arguments: Any) -> Any:
     [pack] = batches(random_samples(LENGTHS), budget=1000)
     one = trainer.step([pack])
     none = trainer.step([replace(pack, loss_mask=torch.zeros_like(pack.loss_mask))])
-    before = trainer.state()[0]
+    before = state_of(trainer)[0]
     before = {name: tensor.clone() for name, tensor in before.items()}
     broken = replace(pack, weights=pack.weights * float("nan"))
     with pytest.raises(FloatingPointError, match="at version 2; its weights are unchanged"):
         trainer.step([broken])
-    after = trainer.state()[0]
+    after = state_of(trainer)[0]
     policy = [name for name in before if name.startswith("policy")]
     return one, none, all(torch.equal(before[name], after[name]) for name in policy)
 
@@ -430,7 +430,7 @@ def _updated(arguments: Any, table: Mapping[str, Any]) -> Any:
     else:
         trainer = MegatronTrainer(model, _draft(model), replace(run, megatron=dict(table)), "cpu")
     terms, _, draft = _outcome(trainer, _packs(), 2)
-    return terms, draft, trainer.state()[1]["draft_version"]
+    return terms, draft, state_of(trainer)[1]["draft_version"]
 
 
 @pytest.mark.parametrize(("table", "size"), [({PP: 2}, 2), ({CP: 2}, 2)], ids=_ident)
@@ -452,7 +452,7 @@ def _fitted(arguments: Any, table: Mapping[str, Any]) -> dict[str, Tensor]:
     model = _model("llama")
     trainer = MegatronTrainer(model, _draft(model), replace(_run(), megatron=dict(table)), "cpu")
     trainer.fit_draft(_packs())
-    return {name: t.clone() for name, t in trainer.state()[0].items() if name.startswith("draft.fc")}
+    return {name: t.clone() for name, t in state_of(trainer)[0].items() if name.startswith("draft.fc")}
 
 
 @pytest.mark.parametrize(("table", "size"), [({}, 2), ({CP: 2}, 2), ({TP: 2}, 2), ({PP: 2}, 2)], ids=_ident)
@@ -460,7 +460,7 @@ def test_the_closed_form_of_a_draft_is_that_of_the_torch_trainer(table: Mapping[
     model = _model("llama")
     oracle = TorchTrainer(model, _draft(model), _run(), "cpu")
     oracle.fit_draft(_packs())
-    expected = {name: t for name, t in oracle.state()[0].items() if name.startswith("draft.fc")}
+    expected = {name: t for name, t in state_of(oracle)[0].items() if name.startswith("draft.fc")}
     found, *_ = megatron_cpu.run(_fitted, table, size, table)
     # few tokens for as many unknowns: the states' own rounding comes through enlarged
     assert found.keys() == expected.keys()

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from conftest import state_of
 from miles_spec.kernels.layout import PackedLayout
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import PackedBatch
@@ -61,7 +62,7 @@ def _compare(group: dist.ProcessGroup, family: str) -> None:
 
     def outcome(trainer: Any) -> tuple[Outcome, dict[str, Tensor]]:
         trainer.freeze_draft()
-        start = {name: t.clone() for name, t in trainer.state()[0].items()}
+        start = {name: t.clone() for name, t in state_of(trainer)[0].items()}
         return _outcome(trainer, packs), start
 
     for dtype in (torch.float32, torch.bfloat16):

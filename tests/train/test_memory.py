@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import megatron_cpu
-from conftest import tiny_config, tiny_model
+from conftest import state_of, tiny_config, tiny_model
 from distributed import Ranks
 from miles_spec.config import RunConfig, TrainConfig
 from miles_spec.draft.modules import DraftHead
@@ -110,7 +110,7 @@ USES: dict[str, Callable[[TorchTrainer], Any]] = {
     "freeze_draft": lambda t: t.freeze_draft(),
     "target": lambda t: list(t.weights("target")),
     "draft": lambda t: list(t.weights("draft")),
-    "state": lambda t: t.state(),
+    "state": lambda t: state_of(t),
     "load_state": lambda t: t.load_state({}, {}),
 }
 
@@ -360,7 +360,7 @@ def _megatron_retry(arguments: Any, table: dict[str, Any]) -> int:
             survived += error.value.survivable
         got, expected = (repr(replace(each.step(repack(packs(), 8)), draft_seconds=0.0)) for each in made)
         assert got == expected
-        assert_same(subject.state()[0], other.state()[0])
+        assert_same(state_of(subject)[0], state_of(other)[0])
     return survived
 
 
@@ -401,7 +401,7 @@ def _numbers_of_micro_batches(arguments: Any, table: dict[str, Any]) -> dict[str
     subject = MegatronTrainer(model, _draft(model), replace(run_of(()), megatron=table), "cpu")
     for budget in (64, 8, 16):
         subject.step(repack(packs(), budget))
-    return subject.state()[0]
+    return state_of(subject)[0]
 
 
 @megatron_cpu.installed

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 
 import miles_spec.train.ranks as module
+from conftest import state_of
 from miles_spec.kernels.layout import PackedLayout
+from miles_spec.stored import Stored
+from miles_spec.train.messages import pack
 from miles_spec.train.ranks import Leader, Ranks, follow
 from miles_spec.types import LossTerms, PackedBatch, RunError
 
@@ -80,9 +84,14 @@ class Fake:
         finally:
             self.heard.append(["closed", role])
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        self.heard.append("state")
-        return {"rank": torch.tensor(self.rank)}, {"version": self.version}
+    def state_values(self) -> dict[str, Any]:
+        self.heard.append("state_values")
+        return {"version": self.version}
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in ("rank", "more"):
+            self.heard.append(["state_tensors", name])
+            yield name, torch.tensor(self.rank)
 
     def load_state(self, tensors: Any, values: Any) -> None:
         self.heard.append(["load_state", shown(tensors), shown(values)])
@@ -121,7 +130,7 @@ def shown(value: Any) -> Any:
         return [list(value.lengths), shown(value.positions), value.cp_size]
     if isinstance(value, PackedBatch):
         return {name: shown(getattr(value, name)) for name in PackedBatch.__slots__}
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: shown(item) for key, item in value.items()}
     return [shown(item) for item in value] if isinstance(value, list | tuple) else value
 
@@ -232,8 +241,8 @@ def test_all_ranks_make_the_same_calls(pair: Callable[[Play], Pair]) -> None:
         assert leader.estimate_draft((plain,)) == TERMS and leader.train_draft([plain], lr_scale=0.25) == TERMS
         leader.freeze_draft()
         assert [name for name, _ in leader.weights("target")] == ["target.0", "target.1", "target.2"]
-        tensors, values = leader.state()
-        assert tensors["rank"].item() == 0 and values == {"version": 2}
+        tensors, values = state_of(leader)
+        assert {n: t.item() for n, t in tensors.items()} == {"rank": 0, "more": 0} and values == {"version": 2}
         odd = {"a": torch.tensor(3), "b": torch.rand(4, 6)[:, ::2], "c": torch.tensor([True]), "d": torch.empty(0)}
         leader.load_state(odd, {"version": 7, "x": [1, None, 0.1, {"y": "ö"}], "z": {}})
         leader.sleep(("optimizer",))
@@ -243,8 +252,26 @@ def test_all_ranks_make_the_same_calls(pair: Callable[[Play], Pair]) -> None:
 
     both = pair(play)
     _, heard = both.told(0)
-    assert both.told(1) == heard and len(heard) == 17 and heard[-2:] == [["sleep", ["optimizer"]], ["wake", None]]
+    assert both.told(1) == heard and len(heard) == 19 and heard[-2:] == [["sleep", ["optimizer"]], ["wake", None]]
     assert [both.status(rank, 5) for rank in (0, 1)] == [0, 0]
+
+
+def test_tensors_in_files_are_read_by_every_rank_from_there(pair: Callable[[Play], Pair], tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"big": torch.arange(6.0).reshape(2, 3)}, path)
+
+    def play(leader: Leader, ranks: Ranks) -> Any:
+        stored = Stored([path])
+        assert not pack({"do": "call", "arguments": [stored]})[1]  # of no tensor a byte is sent
+        leader.load_state(stored, {"version": 1})
+        path.unlink()
+        return raised(lambda: leader.load_state(stored, {}))
+
+    both = pair(play)
+    (failed, heard), others = both.told(0), both.told(1)
+    big = shown(torch.arange(6.0).reshape(2, 3))
+    assert heard[:2] == others and others[1] == ["load_state", {"big": big}, shown({"version": 1})]
+    assert failed.startswith("RunError: rank 1: ") and "all ranks of a run have to see its folder" in failed
 
 
 def test_generators_go_in_lockstep(pair: Callable[[Play], Pair]) -> None:
@@ -280,7 +307,7 @@ def test_errors(pair: Callable[[Play], Pair]) -> None:
         leader.step([])  # all that still works
         found.append(raised(lambda: leader.load_state({"a": object()}, {})))  # type: ignore[dict-item]
         leader.step([])
-        return [*found, told("drift"), raised(leader.state)]
+        return [*found, told("drift"), raised(leader.state_values)]
 
     both = pair(play)
     found, heard = both.told(0)
@@ -301,7 +328,10 @@ def test_an_error_where_the_other_rank_waits(pair: Callable[[Play], Pair]) -> No
     """Within a collective, which nobody else would end."""
 
     def play(which: str) -> Play:
-        return lambda leader, ranks: [raised(lambda: leader.train_draft([], lr_scale=which)), raised(leader.state)]
+        return lambda leader, ranks: [
+            raised(lambda: leader.train_draft([], lr_scale=which)),
+            raised(leader.state_values),
+        ]
 
     follower, leader = pair(play("follower, leader waits")), pair(play("leader, follower waits"))
     (first, then), _ = follower.told(0)
@@ -319,7 +349,7 @@ def test_a_killed_follower(pair: Callable[[Play], Pair]) -> None:
         generator = leader.weights("target")
         next(generator)
         found = [raised(lambda: leader.train_draft([], lr_scale="killed"))]
-        return [*found, raised(lambda: next(generator)), raised(leader.state)]
+        return [*found, raised(lambda: next(generator)), raised(leader.state_values)]
 
     both = pair(play)
     found, _ = both.told(0)
@@ -353,7 +383,7 @@ def test_a_leader_that_is_interrupted_calls_nobody_again(pair: Callable[[Play], 
         signal.setitimer(signal.ITIMER_REAL, 0.5)
         with pytest.raises(KeyboardInterrupt):
             leader.train_draft([], lr_scale="follower works on")
-        return [raised(leader.state)]
+        return [raised(leader.state_values)]
 
     both = pair(play)
     assert both.told(0)[0] == [

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import FAMILIES as TARGETS
-from conftest import tiny_model
+from conftest import state_of, tiny_model
 from miles_spec.config import DraftConfig, RolloutConfig, RunConfig, TrainConfig
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.objective import objective
@@ -502,7 +502,7 @@ def test_resume_is_bit_for_bit(family: str, spec: DraftSpec, k: int) -> None:
     expected = go(whole, steps)
     got = go(first, steps[:k])
     torch.rand(3)
-    tensors, values = first.state()
+    tensors, values = state_of(first)
     data, text = safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()}), json.dumps(values)
     draw = torch.rand(3)
     second = trainer(run, family=family, spec=spec)
@@ -511,27 +511,27 @@ def test_resume_is_bit_for_bit(family: str, spec: DraftSpec, k: int) -> None:
     got += go(second, steps[k:])
     assert got == expected
     assert (second.version, second.draft_version) == (5, 6)
-    a, b = whole.state()[0], second.state()[0]
+    a, b = state_of(whole)[0], state_of(second)[0]
     a.pop("random.cpu"), b.pop("random.cpu")
     assert ("draft_optim.lm_head.weight.exp_avg" in a) == spec.own_head
     assert any(n.startswith("frozen.") for n in a) and "policy_optim.model.norm.weight.exp_avg_sq" in a
     assert_same(a, b)
-    assert whole.state()[1] == second.state()[1]
+    assert state_of(whole)[1] == state_of(second)[1]
 
 
 def test_a_state_without_a_frozen_copy_leaves_none() -> None:
-    tensors, values = trainer(config()).state()
+    tensors, values = state_of(trainer(config()))
     subject = trainer(config())
     subject.freeze_draft()
     subject.load_state(tensors, values)
-    again, same = subject.state()
+    again, same = state_of(subject)
     assert values == same and tensors.keys() == again.keys() and not any(n.startswith("frozen") for n in again)
 
 
 def test_load_state_names_what_is_wrong_and_changes_nothing() -> None:
     subject = trainer(config())
     subject.step(batches())
-    tensors, values = subject.state()
+    tensors, values = state_of(subject)
     tensors = {n: t.clone() for n, t in tensors.items()}
     name = "policy.model.layers.1.mlp.up_proj.weight"
     fresh = trainer(config())
@@ -555,7 +555,7 @@ def test_load_state_refuses_another_draft_vocabulary() -> None:
         head = DraftHead.attach(model, EAGLE, torch.tensor(ids), torch.Generator().manual_seed(1))
         return TorchTrainer(model, head, config(), "cpu")
 
-    tensors, values = over([1, 2, 5]).state()
+    tensors, values = state_of(over([1, 2, 5]))
     over([1, 2, 5]).load_state(tensors, values)
     with pytest.raises(ValueError, match=r"draft\.vocab_ids.*another vocabulary"):
         over([1, 2, 6]).load_state(tensors, values)
@@ -578,9 +578,9 @@ def test_engine_probabilities_that_differ_are_reported_and_capped() -> None:
 
 def test_a_fitted_draft_is_nearer_to_the_policy_than_a_fresh_one() -> None:
     fitted, fresh = trainer(config()), trainer(config())
-    before = {name: t.clone() for name, t in fitted.state()[0].items()}
+    before = {name: t.clone() for name, t in state_of(fitted)[0].items()}
     fitted.fit_draft(batches())
-    after = fitted.state()[0]
+    after = state_of(fitted)[0]
     changed = {name for name, t in before.items() if not torch.equal(t, after[name])}
     assert changed == {"draft.fc.weight", "draft.fc.bias"} and fitted.draft_version == 0
     losses = [next(iter(subject.warm_draft(batches(), 1))).draft for subject in (fitted, fresh)]
@@ -613,7 +613,7 @@ def test_a_share_of_the_micro_batches_teaches_the_draft_and_leaves_the_policy_as
     assert terms.draft == pytest.approx(expected.draft, rel=1e-6)
     assert terms.acceptance["cotrained"].verify_steps == expected.acceptance["cotrained"].verify_steps
     whole.step(packs)
-    after, only, every = (subject.state()[0] for subject in (part, alone, whole))
+    after, only, every = (state_of(subject)[0] for subject in (part, alone, whole))
     learnt = (dict((n, t) for n, t in tensors.items() if n.startswith("draft.")) for tensors in (after, only))
     assert_near(*learnt, 1e-6)
     assert all(torch.equal(after[n], t) for n, t in every.items() if n.startswith("policy"))
@@ -637,7 +637,7 @@ def test_updates_of_the_draft_within_a_step_are_steps_of_its_own(updates: int, c
     terms = subject.step(packs)
     once.step(packs)
     # the draft moves by each part, at the learning rate and the ramp of that step
-    after, steps, whole = (one.state()[0] for one in (subject, alone, once))
+    after, steps, whole = (state_of(one)[0] for one in (subject, alone, once))
     learnt = (dict((n, t) for n, t in tensors.items() if n.startswith("draft.")) for tensors in (after, steps))
     assert_near(*learnt, 1e-5)
     assert subject.draft_version == alone.draft_version > 1
