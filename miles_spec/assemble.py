@@ -27,7 +27,7 @@ from miles_spec.config import RunConfig
 from miles_spec.data import PromptSource, make_source
 from miles_spec.draft.export import as_served, served_target, served_tensors
 from miles_spec.draft.modules import DraftHead
-from miles_spec.first_draft import fresh_draft, given_draft, vocabulary
+from miles_spec.first_draft import check_vocabulary, fresh_draft, given_draft, vocabulary
 from miles_spec.live import LiveTable
 from miles_spec.rewards import Scorer
 from miles_spec.rollout.embedded import EmbeddedEngine
@@ -337,6 +337,8 @@ def _assemble(
         plain, cost = _plain_rollouts(engine, prompts, config, live)
         if draft is None:
             saved_ids = None if saved is None else saved.tensors.get("draft.vocab_ids")
+            if saved is not None:
+                check_vocabulary(saved_ids, draft_config.vocab_size, loaded.model)
             chosen = saved_ids if saved is not None else vocabulary(plain, draft_config.vocab_size, loaded.model)
             draft = fresh_draft(config, loaded, chosen)
     # a trainer may cut its model up

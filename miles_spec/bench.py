@@ -52,8 +52,10 @@ def rollout(
 
     Without `batches`, `BATCHES` are timed, with SGLang servers `SERVED_BATCHES`. With `result` it is also written
     there, as a benchmark's result. Raises `ValueError` if the run has no checkpoint to take the weights from, or no
-    draft.
+    draft, and for numbers below 1.
     """
+    if min((turns, requests, *batches)) < 1:
+        raise ValueError("batches, turns and requests have to be at least 1")
     out = Path(config.out)
     if not config.draft.enabled:
         raise ValueError("bench rollout compares drafts, and draft.enabled is false")

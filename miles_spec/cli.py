@@ -27,7 +27,8 @@ SENTENCES = (ValueError, OSError, FloatingPointError, RunError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, or 2 for an error that the message explains."""
+    """Runs one command and returns its exit status: 0, 2 for an error that the message explains, or 130 for a Ctrl-C
+    that nothing could be saved at."""
     arguments, settings = _parser().parse_known_args(argv)
     try:
         if settings and not ("run" in arguments or arguments.command is _bench_train):
@@ -38,6 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"miles-spec: error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if TRACEBACK in os.environ:
+            raise
+        print("miles-spec: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -190,6 +196,13 @@ def _quickstart(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
     main()
 
 
+def _sizes(text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between them") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="miles-spec",
@@ -221,9 +234,9 @@ def _parser() -> argparse.ArgumentParser:
     rollout.add_argument("--json", type=Path, metavar="PATH", help="write the result there too")
     rollout.add_argument("--engine", choices=("embedded", "sglang"), help="in place of the run file's")
     rollout.add_argument(
-        "--batches", type=lambda sizes: [int(size) for size in sizes.split(",")], default=(), metavar="SIZES"
+        "--batches", type=_sizes, default=(), metavar="SIZES", help="requests at a time, with commas between them"
     )
-    rollout.add_argument("--turns", type=int, default=3)
+    rollout.add_argument("--turns", type=int, default=3, metavar="N", help="of each, of which the median counts")
     kernels = _add(
         measured,
         "kernels",

@@ -456,7 +456,7 @@ def validate(config: RunConfig) -> None:
     need(
         not config.draft.path or config.draft.vocab_size == 0,
         "draft.vocab_size",
-        f"the draft of draft.path = {json.dumps(config.draft.path)} has a vocabulary of its own; set 0",
+        f"the draft of draft.path = {json.dumps(config.draft.path)} has a vocabulary of its own; set it to 0",
     )
     _validate_servers(config, need)
     _validate_train(config.train, config.rollout, need)

@@ -55,6 +55,8 @@ def attach(
     if family not in FAMILIES:
         known = suggest(family, FAMILIES) or f"; there are {', '.join(FAMILIES)}"
         raise ValueError(f'there is no draft family "{family}"{known}')
+    if vocab_size < 0:
+        raise ValueError(f"a draft cannot have {vocab_size} tokens; give --vocab-size a number above 0")
     if (vocab_size > 0) != (vocab_data is not None):
         lacking = "--vocab-data, to count them in" if vocab_size > 0 else "--vocab-size, how many tokens to draft over"
         raise ValueError(f"a reduced vocabulary needs {lacking}")

@@ -42,6 +42,14 @@ def most_frequent(texts: Iterable[Sequence[int]], size: int, total: int) -> Tens
     return torch.tensor(sorted(ranked))
 
 
+def check_vocabulary(ids: Tensor | None, size: int, model: Any) -> None:
+    """Raises `ValueError` if a draft over `ids` (None: all) is not one of `draft.vocab_size` `size`."""
+    total = model.config.vocab_size
+    have, want = (total if ids is None else len(ids)), (size if 0 < size < total else total)
+    if have != want:
+        raise ValueError(f"the run's draft is over {have} tokens, and draft.vocab_size = {size} asks for {want}")
+
+
 def fresh_draft(config: RunConfig, loaded: models.Loaded, vocab_ids: Tensor | None) -> DraftHead:
     """The draft of a run without `draft.path`, over `vocab_ids` (None: all)."""
     generator = torch.Generator().manual_seed(config.seed)

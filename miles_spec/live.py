@@ -77,6 +77,10 @@ class LiveTable:
             self._live.stop()
             self._live = None
 
+    def say(self, text: str) -> None:
+        """A line above the table, which stays."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
     def update(self, report: StepReport) -> None:
         """Shows a finished step."""
         # replaced whole, never changed: the display draws from a thread of its own

@@ -53,6 +53,8 @@ def train(config: RunConfig) -> Path:
         saved, saving_s = step, 0.0
         budget = TokenBudget(config.train)
         stepping, whole = False, (run.trainer.version, run.trainer.draft_version)
+        if run.step and step < config.steps:
+            live.say(f"Going on from step {step} in {run.out}.")
         with Tracker(run.out, config.tracking, dump(config), run.step) as tracker:
             if step < config.steps:
                 _forget_results(run.out)
@@ -122,6 +124,11 @@ def train(config: RunConfig) -> Path:
     if step:
         written = rundir.read(run.out)
         write_summary(run.out, summary(written.steps, written.bench))
+    if step < config.steps:
+        left = f"step {step} is saved in {run.out}, and the same command goes on" if step else "nothing is saved yet"
+        live.say(f"Interrupted; {left}.")
+    elif step == run.step:
+        live.say(f"Nothing to do: {run.out} is at step {step}; with more `steps` it goes on.")
     return run.out
 
 

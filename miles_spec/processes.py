@@ -26,6 +26,8 @@ END_S = 30.0
 END_AFTER_ERROR_S = 2.0
 
 _RANK = "RANK"
+_PARENT = "MILES_SPEC_PARENT"
+"""Process that started this one as a further rank."""
 
 
 def rank() -> int:
@@ -53,6 +55,8 @@ def started(config: RunConfig, arguments: Sequence[str]) -> Iterator[None]:
     torchrun gives them. The others are in sessions of their own: rank 0 alone gets the terminal's Ctrl-C.
     """
     size = count(config)
+    if parent := os.environ.pop(_PARENT, ""):
+        threading.Thread(target=_stay_with, args=(int(parent),), name="stay-with-rank-0", daemon=True).start()
     if size == 1 or _RANK in os.environ:
         yield
         return
@@ -64,13 +68,14 @@ def started(config: RunConfig, arguments: Sequence[str]) -> Iterator[None]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    own = {_PARENT: str(os.getpid())}
     children: dict[int, subprocess.Popen[bytes]] = {}
     wait_s = END_AFTER_ERROR_S
     try:
         for other in range(1, size):
             children[other] = subprocess.Popen(
                 [*COMMAND, *arguments],
-                env={**os.environ, **shared, _RANK: str(other), "LOCAL_RANK": str(other)},
+                env={**os.environ, **shared, **own, _RANK: str(other), "LOCAL_RANK": str(other)},
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
@@ -97,6 +102,14 @@ def _watch(children: dict[int, subprocess.Popen[bytes]]) -> None:
                 for other in children.values():
                     other.kill()
                 os._exit(2)
+        time.sleep(0.2)
+
+
+def _stay_with(parent: int) -> None:
+    """Ends this process with the one that started it, as long as they have not met; then `Ranks` sees to it."""
+    while _RANK in os.environ:
+        if os.getppid() != parent:
+            os._exit(1)
         time.sleep(0.2)
 
 

@@ -67,7 +67,10 @@ class Size:
     vocab: int = 151936
 
     def config(self) -> Qwen3Config:
-        """As Qwen3-1.7B is built, which it is by default. Raises `ValueError` for a width without two heads."""
+        """As Qwen3-1.7B is built, which it is by default. Raises `ValueError` for a width without two heads, and for
+        sizes that are none."""
+        if min(self.hidden, self.layers) < 1 or self.vocab < 2:
+            raise ValueError("a model has to have a width and a layer of at least 1, and a vocabulary of at least 2")
         head = 128 if self.hidden >= 1024 else 16
         if self.hidden % (2 * head):
             raise ValueError(f"a hidden size of {self.hidden} has no even number of heads of {head}; choose a multiple")

@@ -164,6 +164,11 @@ def _ask(asked: Sequence[str], environment: Mapping[str, str], timeout_s: float)
             told = json.loads(line)
             version_of(told["version"])
             return Installed(version=told["version"], flags=told["flags"], platforms=tuple(told["platforms"]))
+    if any("No module named 'sglang'" in line for line in lines):
+        raise RunError(
+            f"{asked[0]} has no SGLang: install it there, name another command as fleet.launch, or set "
+            'rollout.engine = "embedded"'
+        )
     last = "\n".join(lines[-10:])
     raise RunError(
         f"{' '.join(asked)} ended with status {done.returncode} and told no arguments; is SGLang there?\n{last}"

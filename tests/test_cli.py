@@ -298,6 +298,28 @@ def test_mistake_is_one_sentence(run_file: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err.startswith("miles-spec: error: unknown flag --step; did you mean --steps?")
 
 
+def test_ctrl_c_is_no_traceback(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(config: RunConfig) -> Path:
+        raise KeyboardInterrupt
+
+    fake = ModuleType("miles_spec.loop")
+    fake.train = interrupted  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "miles_spec.loop", fake)
+    assert main(["train", str(run_file)]) == 130
+    assert capsys.readouterr().err == "miles-spec: interrupted\n"
+    monkeypatch.setenv(TRACEBACK, "1")
+    with pytest.raises(KeyboardInterrupt):
+        main(["train", str(run_file)])
+
+
+def test_sizes_that_are_no_numbers(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "rollout", str(run_file), "--batches", "a"])
+    assert "'a' is not numbers with commas between them" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("calls")
 def test_setting_of_a_command_without_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "runs/x", "--steps", "3"]) == 2

@@ -133,6 +133,7 @@ def test_data_that_cannot_be_counted(row: dict[str, Any], message: str, model: s
         ({"family": "eagle33"}, 'there is no draft family "eagle33"; did you mean "eagle3"?'),
         ({"family": "mimo"}, "mimo"),
         ({"vocab_size": 9}, "a reduced vocabulary needs --vocab-data"),
+        ({"vocab_size": -9, "vocab_data": Path("x.jsonl")}, "a draft cannot have -9 tokens"),
         ({"vocab_data": Path("x.jsonl")}, "a reduced vocabulary needs --vocab-size"),
     ],
 )

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +82,38 @@ def test_an_error_ends_them_soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
             time.sleep(0.01)
         raise KeyError
     assert time.monotonic() - start < 10
+
+
+def test_one_whose_parent_is_killed_before_they_met_ends(tmp_path: Path) -> None:
+    follows = (
+        "import os, sys, time; from miles_spec import processes as p; from miles_spec.config import *\n"
+        "with p.started(RunConfig(train=TrainConfig(ranks=2)), []):\n"
+        "    open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+    leads = (
+        "import sys, time; from miles_spec import processes as p; from miles_spec.config import *\n"
+        f"p.COMMAND = (sys.executable, '-c', {follows!r}, {str(tmp_path / 'pid')!r})\n"
+        "with p.started(RunConfig(train=TrainConfig(ranks=2)), []): time.sleep(60)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    leader = subprocess.Popen([sys.executable, "-c", leads], env=environment)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline and leader.poll() is None
+        time.sleep(0.05)
+    follower = Path("/proc") / (tmp_path / "pid").read_text()
+    assert follower.exists()
+    leader.kill()
+    leader.wait()
+    while _runs(follower):
+        assert time.monotonic() < deadline, "the follower lives on"
+        time.sleep(0.05)
+
+
+def _runs(process: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return process.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def test_one_that_ends_at_once_ends_the_run() -> None:

@@ -301,6 +301,7 @@ def test_table_shows_what_was_not_measured() -> None:
         (["--backends", "jax"], "no backend 'jax'"),
         (["--tensor-model-parallel-size", "2"], "add megatron to --backends"),
         (["--depths", "0"], "at least 1"),
+        (["--layers", "0"], "a width and a layer"),
         (["--shares", "0"], "a share of 0"),
         (["--hidden", "40"], "choose a multiple"),
         (["stray"], "unexpected argument stray"),

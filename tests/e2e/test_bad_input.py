@@ -47,6 +47,13 @@ def test_a_checkpoint_of_another_configuration(run_file: RunFile, said: Callable
     assert said().matches("the checkpoint has tensor 'draft.*', for which this run's configuration has no place")
 
 
+def test_a_draft_over_another_vocabulary_than_the_runs(run_file: RunFile, said: Callable[[], Said]) -> None:
+    path = run_file(steps=1)
+    assert cli.main(["train", path]) == 0
+    assert cli.main(["train", path, "--steps", "2", "--draft.vocab-size", "31"]) == 2
+    assert said().matches(r"the run's draft is over \d+ tokens, and draft.vocab_size = 31 asks for 31")
+
+
 def test_models(run_file: RunFile, work: Path, tmp_path: Path, said: Callable[[], Said]) -> None:
     model = tmp_path / "model"
     path = run_file(model__path=str(model))
@@ -146,3 +153,6 @@ def test_bench_needs_a_run_with_a_draft(run_file: RunFile, tmp_path: Path, said:
     )
     assert cli.main(["bench", "rollout", run_file(draft__enabled=False)]) == 2
     assert said() == "bench rollout compares drafts, and draft.enabled is false"
+    for wrong in (["--batches", "0"], ["--batches", "1,-1"], ["--turns", "0"]):
+        assert cli.main(["bench", "rollout", run_file(), *wrong]) == 2
+        assert said() == "batches, turns and requests have to be at least 1"

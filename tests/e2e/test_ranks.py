@@ -56,7 +56,7 @@ def test_a_run_in_two_processes(run_file: Callable[..., str], configure: Configu
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=30)
     assert (process.returncode, errors, said.splitlines()[-1]) == (0, "", str(out))
-    assert all(line.startswith(("step ", str(out))) for line in said.splitlines())
+    assert all(line.startswith(("step ", "Interrupted; step ", str(out))) for line in said.splitlines())
     assert gone(follower)
     first = load_latest(out)
     assert first is not None
@@ -65,7 +65,7 @@ def test_a_run_in_two_processes(run_file: Callable[..., str], configure: Configu
     process = start(work, *TORCHRUN, SCRIPT, "train", path, "--steps", str(steps))
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert said.splitlines()[-1] == str(out) and len(said.splitlines()) == 2
+    assert said.splitlines()[-1] == str(out) and len(said.splitlines()) == 3
 
     train(configure(tmp_path / "alone", steps=steps, **settings))
     ranked, alone = load_latest(out), load_latest(tmp_path / "alone")

@@ -106,7 +106,11 @@ def test_the_policy_does_not_depend_on_the_draft(
 
 
 def test_ctrl_c_ends_the_step_and_saves(
-    configure: Configure, finished: RunConfig, rewards: ModuleType, tmp_path: Path
+    configure: Configure,
+    finished: RunConfig,
+    rewards: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rewards.fault = lambda call: signal.raise_signal(signal.SIGINT) if call == 20 else None
     config = configure(tmp_path)
@@ -115,7 +119,11 @@ def test_ctrl_c_ends_the_step_and_saves(
     assert signal.getsignal(signal.SIGINT) is before
     assert steps(tmp_path) == [2] and [row["step"] for row in lines(tmp_path)] == [1, 2]
     assert rundir.read(tmp_path).notes == ("This run ended after step 2 of 4.",)
+    assert f"Interrupted; step 2 is saved in {tmp_path}, and the same command goes on." in capsys.readouterr().out
     train(config)
+    assert f"Going on from step 2 in {tmp_path}." in capsys.readouterr().out
+    train(config)
+    assert f"Nothing to do: {tmp_path} is at step 4; with more `steps` it goes on." in capsys.readouterr().out
     assert_same_run(tmp_path, Path(finished.out))
 
 

@@ -165,3 +165,5 @@ def test_the_launch_command_is_asked_what_it_knows() -> None:
         installed((sys.executable, "-c", "print('no such module'); raise SystemExit(5)"), os.environ)
     with pytest.raises(RunError, match="cannot run /nowhere/python"):
         installed(("/nowhere/python",), os.environ)
+    with pytest.raises(RunError, match=r"^\S*python\S* has no SGLang: install it there, .*or set rollout.engine = "):
+        installed((sys.executable, "-c", "raise ModuleNotFoundError(\"No module named 'sglang'\")"), os.environ)
