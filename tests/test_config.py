@@ -96,7 +96,7 @@ def test_good_configuration_passes() -> None:
         ),
         (
             {"draft__path": "draft", "draft__vocab_size": 9},
-            'draft.vocab_size is 9: the draft of draft.path = "draft" has a vocabulary of its own; set 0',
+            'draft.vocab_size is 9: the draft of draft.path = "draft" has a vocabulary of its own; set it to 0',
         ),
         ({"offline__held_out": 0.0}, "offline.held_out is 0.0: give a share above 0, at most 0.9"),
         ({"offline__held_out": 0.95}, "offline.held_out is 0.95: give a share above 0, at most 0.9"),
