@@ -30,7 +30,7 @@ SETTINGS = ("--train.token-budget", "512", "--draft.updates", "6", "--draft.lr",
 REQUESTS = 48
 FASTER = 1.25
 """Tokens per second, co-trained over frozen."""
-KEPT = ("step", "reward_mean", "entropy", "accept_length", "accept_length_cotrained", "accept_length_frozen")
+KEPT = ("step", "reward_mean", "entropy", "accept_length", "net_speedup")
 
 
 def main() -> None:
@@ -46,19 +46,17 @@ def main() -> None:
         subprocess.run([*COMMAND, "train", str(RUN_FILE), *SETTINGS, *settings, *own], check=True, cwd=ROOT)
         timed = bench.rollout(load(out / "config.toml"), None, batches=options.batches, requests=REQUESTS)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        summary = json.loads((out / "summary.json").read_text())
-    steps = [{name: line[name] for name in KEPT} for line in lines if "step" in line]
+    steps = [{name: line.get(name) for name in KEPT} for line in lines if "step" in line]
     for row in steps:
-        print({name: round(value, 3) for name, value in row.items()})
-    more = {"steps": options.steps, "settings": [*SETTINGS, *settings], "by_step": steps, "summary": summary}
+        print(row)
+    more = {"steps": options.steps, "settings": [*SETTINGS, *settings], "by_step": steps}
     rows = [asdict(row) for row in timed]
-    write_result(RESULT, "cotraining", rows, checks(rows, summary), commit=at, **more)
+    write_result(RESULT, "cotraining", rows, checks(rows), commit=at, **more)
 
 
-def checks(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of the last fifth of the steps, and of every batch size."""
-    co, frozen = summary["accept_length_cotrained"], summary["accept_length_frozen"]
-    found = [check("accept length, co-trained over frozen, last fifth", co / frozen, "above 1", co > frozen)]
+def checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every batch size; all is counted, nothing estimated."""
+    found = []
     speed = {(row["mode"], row["batch"]): row["tokens_per_s"] for row in rows}
     for batch in sorted({row["batch"] for row in rows}):
         ratio = speed["cotrained", batch] / speed["frozen", batch]

@@ -8,17 +8,20 @@ Dimensions: `T` tokens of a micro-batch.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
+from miles_spec.config import RunConfig
 from miles_spec.kernels.layout import PackedLayout
 from miles_spec.types import PackedBatch, Sample
 
 Aggregation = Literal["sequence", "token", "constant"]
+T = TypeVar("T")
 
 
 def pack(
@@ -75,6 +78,17 @@ def repack(batches: Sequence[PackedBatch], token_budget: int) -> list[PackedBatc
         )
         for members in _first_fit(lengths, token_budget)
     ]
+
+
+def shuffled(parts: Sequence[T], config: RunConfig, version: int) -> list[T]:
+    """A rank's micro-batches of a step, with `draft.updates` above 1 in an order that depends on the seed, their number
+    and the policy's `version` alone: `pack` puts the longest samples first, and acceptance is estimated on the first.
+
+    Whether there is a draft plays no part, so that the policy's sums are the same with and without.
+    """
+    if config.draft.updates == 1:
+        return list(parts)
+    return random.Random(f"{config.seed}/{version}").sample(list(parts), len(parts))
 
 
 def divide(batches: Sequence[PackedBatch], ranks: int) -> list[list[PackedBatch]]:

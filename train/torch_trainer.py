@@ -46,7 +46,7 @@ from miles_spec.train.draft_trainer import (
 from miles_spec.train.losses import packed_loss
 from miles_spec.train.memory import GRADIENTS, Memory, Sleeper, guarded, held_by
 from miles_spec.train.optimizer import AdamW
-from miles_spec.train.packing import divide
+from miles_spec.train.packing import divide, shuffled
 from miles_spec.train.tally import Tally
 from miles_spec.types import LossTerms, PackedBatch, Role
 
@@ -131,7 +131,7 @@ class TorchTrainer(Sleeper):
         """
         assert self.optimizer is not None, "this trainer trains no policy"
         train = self.config.train
-        sampled = list(self._sampled(batches))
+        sampled = shuffled(list(self._sampled(batches)), self.config, self.version)
         draft, chosen = None, list[int]()
         if self.draft is not None:
             chosen = self.draft.choose(len(sampled))
