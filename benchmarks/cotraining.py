@@ -1,6 +1,6 @@
 """What is co-training worth once the policy has moved far?
 
-    python benchmarks/cotraining.py                                   # the cases of the docs, 36 steps each
+    python benchmarks/cotraining.py                                   # as in the docs, 36 steps
     python benchmarks/cotraining.py --steps 60 --batches 1 4 --draft.updates 4 ...   # with settings on top
 
 The quickstart's run file with more steps and small micro-batches, so that the draft can take several optimizer steps in

@@ -27,7 +27,7 @@ from miles_spec.config import RunConfig
 from miles_spec.data import PromptSource, make_source
 from miles_spec.draft.export import as_served, served_target, served_tensors
 from miles_spec.draft.modules import DraftHead
-from miles_spec.first_draft import check_vocabulary, fresh_draft, given_draft, vocabulary
+from miles_spec.first_draft import first_draft, fresh_draft, given_draft
 from miles_spec.live import LiveTable
 from miles_spec.rewards import Scorer
 from miles_spec.rollout.embedded import EmbeddedEngine
@@ -336,11 +336,7 @@ def _assemble(
         live.phase("rollouts without speculation")
         plain, cost = _plain_rollouts(engine, prompts, config, live)
         if draft is None:
-            saved_ids = None if saved is None else saved.tensors.get("draft.vocab_ids")
-            if saved is not None:
-                check_vocabulary(saved_ids, draft_config.vocab_size, loaded.model)
-            chosen = saved_ids if saved is not None else vocabulary(plain, draft_config.vocab_size, loaded.model)
-            draft = fresh_draft(config, loaded, chosen)
+            draft = first_draft(config, loaded, plain, None if saved is None else saved.tensors)
     # a trainer may cut its model up
     head = models.head_weight(loaded.model)
     head_name = next(name for name, parameter in loaded.model.named_parameters() if parameter is head)

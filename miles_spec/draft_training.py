@@ -31,7 +31,7 @@ from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import FAMILIES
 from miles_spec.draft_data import Lesson, first, given, sampled, split
 from miles_spec.drafts import check_written
-from miles_spec.first_draft import check_vocabulary, fresh_draft, given_draft, vocabulary
+from miles_spec.first_draft import first_draft, given_draft
 from miles_spec.live import LiveTable
 from miles_spec.loop import due, interruptible, logged
 from miles_spec.rollout.engine import Engine
@@ -104,11 +104,7 @@ class Training:
         self._fingerprint = _fingerprint(self._seen, held_out)
         self._sizes = {"responses": len(self._seen), "responses_held_out": len(held_out)}
         if draft is None:
-            saved_ids = None if saved is None else saved.tensors.get("draft.vocab_ids")
-            if saved is not None:
-                check_vocabulary(saved_ids, config.draft.vocab_size, loaded.model)
-            chosen = saved_ids if saved is not None else vocabulary(self._seen, config.draft.vocab_size, loaded.model)
-            draft = fresh_draft(config, loaded, chosen)
+            draft = first_draft(config, loaded, self._seen, None if saved is None else saved.tensors)
         self.trainer = TorchTrainer(loaded.model, draft, config, loaded.device, loaded.dtype, policy=False)
         # again after a resume: depth, rule and temperature may be others than they were
         self.before = self.estimate()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,21 @@ def most_frequent(texts: Iterable[Sequence[int]], size: int, total: int) -> Tens
     return torch.tensor(sorted(ranked))
 
 
-def check_vocabulary(ids: Tensor | None, size: int, model: Any) -> None:
-    """Raises `ValueError` if a draft over `ids` (None: all) is not one of `draft.vocab_size` `size`."""
-    total = model.config.vocab_size
+def first_draft(
+    config: RunConfig, loaded: models.Loaded, samples: Sequence[Sample], saved: Mapping[str, Tensor] | None
+) -> DraftHead:
+    """`fresh_draft` over the vocabulary of the checkpoint's tensors `saved`, or without one over that of `samples`.
+
+    Raises `ValueError` if `draft.vocab_size` is not that of the checkpoint.
+    """
+    size, total = config.draft.vocab_size, loaded.model.config.vocab_size
+    if saved is None:
+        return fresh_draft(config, loaded, vocabulary(samples, size, loaded.model))
+    ids = saved.get("draft.vocab_ids")
     have, want = (total if ids is None else len(ids)), (size if 0 < size < total else total)
     if have != want:
         raise ValueError(f"the run's draft is over {have} tokens, and draft.vocab_size = {size} asks for {want}")
+    return fresh_draft(config, loaded, ids)
 
 
 def fresh_draft(config: RunConfig, loaded: models.Loaded, vocab_ids: Tensor | None) -> DraftHead:

@@ -303,8 +303,8 @@ class MegatronTrainer(Sleeper):
 
     @guarded
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """See `Trainer`. Also raises for a tensor that this run has no place for; no
-        weight has changed when it raises."""
+        """See `Trainer`. Also raises for a tensor that this run has no place for; no weight has changed when it
+        raises."""
         check_state(tensors, self._wanted(values))
         if self.draft is not None:
             self.draft.check_vocabulary(tensors)
