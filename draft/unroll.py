@@ -12,6 +12,7 @@ ones run, `H` hidden, `V` vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,15 +66,16 @@ def unroll(
     layout: PackedLayout,
     backend: Backend = "auto",
     group: dist.ProcessGroup | None = None,
+    starts: Sequence[int] | None = None,
 ) -> Unrolled:
-    """The draft's states at the depths of `targets`; if a layer is applied again, copies one number per piece to the
-    host.
+    """The draft's states at the depths of `targets`.
 
     `embed_weight` `[V, H]`, or with the TP group `group` this rank's share of it, and `states` `[T, S]`, the target's
     that `head` reads, must not require a gradient. A depth with a layer of its own runs every row, since prompts serve
     as keys; a row without that token in its segment runs on whatever token its target names, and only rows that do not
     count attend to it. Deeper depths run, of each piece, the rows from the first that counts to the end: one set for
-    all of them. What rows that do not count return is finite and means nothing.
+    all of them. `starts` are those `first_rows`; left out, they are found here, where a layer is applied again. What
+    rows that do not count return is finite and means nothing.
     """
     assert not states.requires_grad and not embed_weight.requires_grad
     depths, size = targets.mask.shape
@@ -89,7 +91,10 @@ def unroll(
     if not size:
         outs = [head.enter(states)] * depths
     else:
-        chain = ChainAttention(layout, _starts(targets.mask[0], layout), backend) if layers < depths else None
+        chain = None
+        if layers < depths:
+            starts = first_rows(targets.mask[0], layout) if starts is None else starts
+            chain = ChainAttention(layout, list(starts), backend)
         packed = PackedAttention(layout, backend) if chain is None else chain.packed
         state, outs, place = head.enter(states), [], rows.new_zeros(size)
         for depth in range(layers):
@@ -105,8 +110,8 @@ def unroll(
     return Unrolled(states=outs, layers=layers, rows=rows, place=place)
 
 
-def _starts(mask: Tensor, layout: PackedLayout) -> list[int]:
-    """The first row of each piece where `mask` `[T]` is True, `T` if there is none; the one copy to the host."""
+def first_rows(mask: Tensor, layout: PackedLayout) -> list[int]:
+    """The first row of each piece where `mask` `[T]` is True, `T` if there is none; copied to the host once."""
     size = len(mask)
     first = to_device(np.array([piece.row for piece in layout.pieces]), mask.device)
     row = torch.arange(size, device=mask.device)

@@ -69,7 +69,6 @@ class Job:
     group: dist.ProcessGroup | None
     triton: bool
     """Whether Triton sweeps the logits."""
-    chunk_rows: int
     grad: bool
     """Whether the states want a gradient."""
     grad_head: bool
@@ -291,28 +290,38 @@ class Part:
     """How many columns their logits have; None if each row reads one of its own."""
 
 
-def chunks_of(job: Job) -> list[Part]:
-    """Chunks of counting rows, none of which splits a block. Copies to the host at most twice: ends of blocks, and
-    shared teachers."""
-    count = job.labels.shape[0]
+def chunks_of(
+    count: int,
+    chunk_rows: int,
+    *,
+    chain: Tensor | None,
+    teacher_rows: Tensor | None,
+    depth: int,
+    width: int,
+    triton: bool,
+) -> list[Part]:
+    """Chunks of `count` counting rows, at most `chunk_rows` of them in each, none of which splits a block.
+
+    `chain`, `teacher_rows` and `depth` as in `draft_loss`; `width` is that of the teacher's rows. Copies to the host at
+    most twice: ends of blocks, and shared teachers.
+    """
     if not count:
         return []
-    pieces = -(-count // job.chunk_rows)
+    pieces = -(-count // chunk_rows)
     size = -(-count // pieces)
-    size = min(job.chunk_rows, -(-size // _ROUND) * _ROUND)
+    size = min(chunk_rows, -(-size // _ROUND) * _ROUND)
     ends = list(range(size, count, size))
-    if ends and job.chain is not None:
-        row = torch.arange(count, device=job.labels.device)
-        starts = torch.where(job.chain == 0, row, count).flip(0).cummin(0).values.flip(0)
+    if ends and chain is not None:
+        row = torch.arange(count, device=chain.device)
+        starts = torch.where(chain == 0, row, count).flip(0).cummin(0).values.flip(0)
         ends = starts[size::size].tolist()
     parts = [slice(a, b) for a, b in pairwise([0, *ends, count]) if a < b]
-    few = job.labels.is_cuda and job.teacher.shape[1] < SHARE_FROM_HIDDEN
-    if job.teacher_rows is None or job.chain is None or job.depth == 1 or few:
+    if teacher_rows is None or chain is None or depth == 1 or (chain.is_cuda and width < SHARE_FROM_HIDDEN):
         return [Part(rows=rows, columns=rows.stop - rows.start) for rows in parts]
-    align = ALIGN if job.triton else 1
-    edges = torch.stack([_edges(job.teacher_rows[rows], job.chain[rows]) for rows in parts]).tolist()
+    align = ALIGN if triton else 1
+    edges = torch.stack([_edges(teacher_rows[rows], chain[rows]) for rows in parts]).tolist()
     return [
-        _part(rows, low, high, unique, job.depth, align) for rows, (low, high, unique) in zip(parts, edges, strict=True)
+        _part(rows, low, high, unique, depth, align) for rows, (low, high, unique) in zip(parts, edges, strict=True)
     ]
 
 
@@ -366,9 +375,9 @@ _CHUNK_BYTES = 1280 * 2**20
 """Memory for both blocks of logits on a GPU."""
 
 
-def chunk_size(states: Tensor, vocab: int) -> int:
+def chunk_size(device: torch.device, dtype: torch.dtype, vocab: int) -> int:
     """As many rows as the memory holds; on a CPU few, since their logits should stay in its cache."""
-    if not states.is_cuda:
+    if device.type != "cuda":
         return 128
-    rows = _CHUNK_BYTES // (2 * vocab * states.element_size())
+    rows = _CHUNK_BYTES // (2 * vocab * dtype.itemsize)
     return max(_ROUND, rows // _ROUND * _ROUND)

@@ -27,6 +27,7 @@ of a chunk, `D` depths.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from miles_spec.kernels.backend import Backend, use_triton
-from miles_spec.kernels.draft_chunks import Job, Work, chunk_size, chunks_of
+from miles_spec.kernels.draft_chunks import Job, Part, Work, chunk_size, chunks_of
 from miles_spec.kernels.linear import autocast_inputs, no_autocast
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def draft_loss(
     group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
     chunk_rows: int | None = None,
+    chunks: Sequence[Part] | None = None,
 ) -> DraftLoss:
     """Losses of draft states against the target's rows that they imitate.
 
@@ -128,6 +130,9 @@ def draft_loss(
 
     With `group`, `head` and `teacher_head` are this rank's equal share of the vocabulary, in rank order; labels are
     global; every rank returns the same, the head's gradient for its share.
+
+    `chunks` says how the rows are cut, as `plan_chunks` found it; left out, it is found here, for which the host waits
+    for the device. Nothing else here does.
 
     Raises `ValueError` for a mixture that is all zero, for `reverse_kl` under `top_p`, for `top_p` with `teacher_lse`,
     and for widths or dtypes that do not fit together.
@@ -171,24 +176,55 @@ def draft_loss(
         top_p=top_p,
         group=group,
         triton=use_triton(backend, states),
-        chunk_rows=chunk_rows or chunk_size(states, head.shape[0]),
         grad=torch.is_grad_enabled() and states.requires_grad,
         grad_head=torch.is_grad_enabled() and head.requires_grad,
     )
-    total, *rest = _DraftLoss.apply(states, head, job)
+    if chunks is None:
+        chunks = chunks_of(
+            count,
+            chunk_rows or chunk_size(states.device, states.dtype, head.shape[0]),
+            chain=chain,
+            teacher_rows=teacher_rows,
+            depth=depth,
+            width=teacher.shape[1],
+            triton=job.triton,
+        )
+    total, *rest = _DraftLoss.apply(states, head, job, chunks)
     names = ("ce", "kl", "reverse_kl", "tv", "overlap", "chosen", "agree", "entropy", "accept")
     return DraftLoss(total=total, **dict(zip(names, rest, strict=True)))
 
 
+def plan_chunks(
+    chain: Tensor,
+    teacher_rows: Tensor,
+    *,
+    depth: int,
+    hidden: int,
+    vocab: int,
+    dtype: torch.dtype,
+    backend: Backend = "auto",
+) -> list[Part]:
+    """`chunks` of `draft_loss` for these rows, states `hidden` wide of `dtype`, and a head of `vocab` rows on this
+    rank. Copies to the host at most twice."""
+    return chunks_of(
+        len(chain),
+        chunk_size(chain.device, dtype, vocab),
+        chain=chain,
+        teacher_rows=teacher_rows,
+        depth=depth,
+        width=hidden,
+        triton=use_triton(backend, chain),
+    )
+
+
 class _DraftLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, head: Tensor, job: Job) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, states: Tensor, head: Tensor, job: Job, parts: Sequence[Part]) -> tuple[Tensor, ...]:
         d_states = d_head = None
         if job.grad:
             d_states = torch.empty_like(states) if job.rows is None else torch.zeros_like(states)
         if job.grad_head:
             d_head = torch.zeros_like(head, dtype=torch.float32)
-        parts = chunks_of(job)
         work = Work(states, head, job, parts)
         with no_autocast(states):
             for part in parts:
@@ -209,10 +245,11 @@ class _DraftLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         d_states, d_head = ctx.saved_tensors
         if grad is None:
-            return None, None, None
+            return None, None, None, None
         return (
             # the factor, often one over a count, must not be rounded to half precision
             None if d_states is None else (d_states.float() * grad).to(d_states.dtype),
             None if d_head is None else (d_head * grad).to(ctx.head_dtype),
+            None,
             None,
         )

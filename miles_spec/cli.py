@@ -178,6 +178,7 @@ def _bench_train(arguments: argparse.Namespace, settings: Sequence[str]) -> None
         backends=arguments.backends,
         depths=arguments.depths,
         shares=arguments.shares,
+        draft_vocabs=arguments.draft_vocabs,
         tokens=arguments.tokens,
         size=Size(hidden=arguments.hidden, layers=arguments.layers, vocab=arguments.vocab),
         micro_batches=arguments.micro_batches,
@@ -308,6 +309,14 @@ def _parser() -> argparse.ArgumentParser:
         default=(1.0,),
         metavar="X",
         help="of a step's micro-batches that the draft learns from, as draft.share; 1 if left out",
+    )
+    training.add_argument(
+        "--draft-vocabs",
+        type=int,
+        nargs="+",
+        default=(),
+        metavar="N",
+        help="tokens that a draft is over, as draft.vocab_size, beside the whole vocabulary",
     )
     for name, number, about in (
         ("--hidden", 2048, "width of the policy, which is Qwen3-1.7B's shape if all of it is left out"),

@@ -3,8 +3,8 @@
 A dense, Qwen3-shaped policy with random weights takes optimizer steps on packs of random tokens: alone, with a draft
 that is trained by our code, and, beside Megatron's trainer, on Megatron's own path (`megatron_stock.py`), alone and
 with its own MTP layer and loss. The draft is an MTP layer of the same kind (`qwen_mtp`), with the loss that a run has
-by default; it learns from all of a step's micro-batches, or from a share of them. One process measures on one GPU, or
-on the CPU; torchrun starts more, which all call `train` alike.
+by default; it learns from all of a step's micro-batches, or from a share of them, and drafts over the whole vocabulary
+or a part of it. One process measures on one GPU, or on the CPU; torchrun starts more, which all call `train` alike.
 
 Model FLOPs of a step: `6 * parameters of the layers` for each token, `6 * H * V` for each token whose prediction is
 trained on (the LM head; the embedding is a look-up), and `12 * layers * width of the queries * mean context` for each
@@ -31,7 +31,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not in torch's `__all__`
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
@@ -40,20 +39,16 @@ from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import QWEN_MTP
 from miles_spec.kernels.attention import NAME
 from miles_spec.kernels.layout import PackedLayout
-from miles_spec.provenance import check, commit, write_result
+from miles_spec.provenance import commit, write_result
 from miles_spec.train.megatron_args import MegatronArguments
 from miles_spec.train.memory import TrainingMemoryError
 from miles_spec.train.torch_trainer import TorchTrainer
+from miles_spec.train_rows import STOCK, Case, Row, checks, table, trains
 from miles_spec.types import LossTerms, PackedBatch, RunError
 
 BACKENDS = ("torch", "megatron")
-STOCK = "megatron stock"
-"""Megatron's own path, which comes with the backend `megatron`."""
 SEGMENT_TOKENS = (512, 4096)
 """Least and most tokens of a segment."""
-DRAFT_SHARE, OVER_MTP, NORM = 0.05, 1.0, 0.05
-"""The most that a draft of depth 1 takes of a step, what its time is below in units of Megatron's MTP, and the most
-that gradients' norms differ."""
 PEAKS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}
 """By a part of a GPU's name: its dense bfloat16 FLOP/s, from its data sheet."""
 
@@ -91,52 +86,6 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """What is timed."""
-
-    backend: str
-    """Of `BACKENDS`, or `STOCK`."""
-    tokens: int
-    """Of a micro-batch."""
-    depth: int
-    """Of the draft, or of Megatron's MTP; 0 for a policy alone."""
-    share: float = 1.0
-    """`draft.share`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One case; None where it was not measured, or cannot be."""
-
-    backend: str
-    tokens: int
-    depth: int
-    micro_batches: int
-    """Of a step, over all ranks."""
-    parameters: int
-    """Of the policy."""
-    flops: float
-    """Model FLOPs of a step, over all ranks."""
-    share: float = 1.0
-    """`draft.share`."""
-    step_s: float | None = None
-    """Median."""
-    turns: tuple[float, ...] = ()
-    """Seconds of each step."""
-    tokens_per_s: float | None = None
-    """Of all ranks together."""
-    utilisation: float | None = None
-    """Model FLOP/s over the peak of all GPUs."""
-    gpu_peak_bytes: int | None = None
-    """Most that tensors took on any rank's GPU while it stepped."""
-    host_peak_bytes: int | None = None
-    """Most resident memory of any rank's process, from the making of the model on."""
-    grad_norm: float | None = None
-    """Of the policy, in the first step, which all trainers but Megatron's own path take from the same weights."""
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What is measured, and how. Raises `ValueError` for what cannot be."""
 
@@ -144,6 +93,8 @@ class Plan:
     depths: Sequence[int] = (1,)
     shares: Sequence[float] = (1.0,)
     """`draft.share`, each for every depth."""
+    draft_vocabs: Sequence[int] = ()
+    """`draft.vocab_size`, each for every depth, beside the whole vocabulary."""
     tokens: Sequence[int] = (8192, 32768)
     size: Size = Size()
     micro_batches: int = 2
@@ -170,6 +121,9 @@ class Plan:
         for share in self.shares:
             if not 0 < share <= 1:
                 raise ValueError(f"a draft cannot learn from a share of {share:g}; give one above 0, at most 1")
+        for size in self.draft_vocabs:
+            if not 0 < size < self.size.vocab:
+                raise ValueError(f"a draft cannot be over {size} of {self.size.vocab} tokens; give fewer, at least 1")
 
 
 def train(result: Path | None = None, plan: Plan | None = None) -> list[Row]:
@@ -222,12 +176,16 @@ class Bench:
             for path in paths:
                 yield Case(backend=path, tokens=n, depth=0)
                 for depth in plan.depths:
-                    for share in (1.0,) if path == STOCK else plan.shares:
-                        yield Case(backend=path, tokens=n, depth=depth, share=share)
+                    whole = Case(backend=path, tokens=n, depth=depth)
+                    if path == STOCK:
+                        yield whole
+                        continue
+                    yield from (replace(whole, share=share) for share in plan.shares)
+                    yield from (replace(whole, draft_vocab=size) for size in plan.draft_vocabs)
 
     def measure(self, case: Case) -> None:
         """Adds the row of one case, or names it as left out."""
-        what = f"{case.backend}, {case.tokens} tokens, {_trains(case)}"
+        what = f"{case.backend}, {case.tokens} tokens, {trains(case)}"
         if self._late():
             self._leave_out(f"{what}: no time was left")
             return
@@ -241,6 +199,7 @@ class Bench:
             tokens=case.tokens,
             depth=case.depth,
             share=case.share,
+            draft_vocab=case.draft_vocab,
             micro_batches=len(batches),
             parameters=layers + head,
             flops=step_flops(self.hf_config, batches),
@@ -310,7 +269,10 @@ class Bench:
 
             return StockTrainer(self.hf_config, config, self.world, self.device, self.dtype, case.depth).step
         model = self._model()
-        draft = DraftHead.attach(model, QWEN_MTP, None, torch.Generator().manual_seed(1)) if case.depth else None
+        draft = None
+        if case.depth:
+            ids = torch.arange(case.draft_vocab) if case.draft_vocab else None
+            draft = DraftHead.attach(model, QWEN_MTP, ids, torch.Generator().manual_seed(1))
         if case.backend == "torch":
             group = dist.group.WORLD if self.world > 1 else None
             return TorchTrainer(model, draft, config, self.device, self.dtype, group=group).step
@@ -487,74 +449,3 @@ def _reset_host_peak() -> bool:
 def _host_peak() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
-
-
-# Results
-
-
-def checks(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The goals that these rows can be held against, met or not."""
-    shares = {(r.backend, r.tokens, r.depth, r.share): r.step_s for r in rows if r.step_s is not None}
-    seconds = {(b, tokens, depth): s for (b, tokens, depth, share), s in shares.items() if share == 1}
-    norms = {(r.backend, r.tokens, r.depth, r.micro_batches): r.grad_norm for r in rows if r.grad_norm is not None}
-    found = []
-    for (backend, tokens, depth, count), norm in norms.items():
-        expected = norms.get(("torch", tokens, depth, count))
-        if backend != "torch" and expected is not None:
-            off = abs(norm / expected - 1)
-            what = f"{tokens} tokens, depth {depth}: norm of the first gradient, Megatron over torch, less 1"
-            found.append(check(what, off, f"at most {NORM:g}", off <= NORM))
-    for (backend, tokens, depth, learnt), with_draft in shares.items():
-        alone = seconds.get((backend, tokens, 0))
-        if backend == STOCK or depth == 0 or alone is None:
-            continue
-        more = with_draft - alone
-        if depth == 1:
-            took, goal = more / with_draft, f"at most {DRAFT_SHARE}"
-            what = f"{backend}, {tokens} tokens: the draft's share of the step at one depth"
-            what += "" if learnt == 1 else f", learning from {learnt:g} of the micro-batches"
-            found.append(check(what, took, goal, took <= DRAFT_SHARE))
-        if learnt != 1:
-            continue
-        theirs, bare = seconds.get((STOCK, tokens, depth)), seconds.get((STOCK, tokens, 0))
-        if backend == "megatron" and theirs is not None and bare is not None and theirs > bare:
-            ratio, goal = more / (theirs - bare), f"below {OVER_MTP:g}"
-            what = f"{tokens} tokens, depth {depth}: seconds of the draft trained here over Megatron's own MTP path"
-            found.append(check(what, ratio, goal, ratio < OVER_MTP))
-    return found
-
-
-COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "step_s": ("s", lambda x: f"{x:.4f}"),
-    "tokens_per_s": ("tokens/s", lambda x: f"{x:,.0f}"),
-    "utilisation": ("of the peak", lambda x: f"{x:.1%}"),
-    "gpu_peak_bytes": ("GPU, GB", lambda x: f"{x / 1e9:.2f}"),
-    "host_peak_bytes": ("host, GB", lambda x: f"{x / 1e9:.2f}"),
-}
-
-
-def table(rows: Sequence[Row]) -> Table:
-    """Rows for a terminal."""
-    shown = Table(box=None, header_style="bold")
-    for head in ("trained by", "what"):
-        shown.add_column(head, min_width=16)
-    shown.add_column("micro-batches", justify="right")
-    for head, _ in COLUMNS.values():
-        shown.add_column(head, justify="right", min_width=11)
-    shown.add_column("")
-    for row in rows:
-        values = [(getattr(row, name), text) for name, (_, text) in COLUMNS.items()]
-        shown.add_row(
-            row.backend,
-            _trains(row),
-            f"{row.micro_batches} x {row.tokens}",
-            *("-" if v is None else text(v) for v, text in values),
-            row.note,
-        )
-    return shown
-
-
-def _trains(case: Case | Row) -> str:
-    what = "MTP" if case.backend == STOCK else "draft"
-    share = "" if case.share == 1 else f", share {case.share:g}"
-    return f"with {what}, depth {case.depth}{share}" if case.depth else "policy alone"

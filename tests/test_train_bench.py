@@ -6,14 +6,12 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import megatron_cpu
@@ -21,19 +19,16 @@ from miles_spec import train_bench
 from miles_spec.cli import main
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.train_bench import (
-    STOCK,
     Plan,
-    Row,
     Size,
-    checks,
     packs,
     parameters,
     peak_flops,
     segments,
     step_flops,
-    table,
     train,
 )
+from miles_spec.train_rows import STOCK, Row, checks
 from miles_spec.types import RunError
 
 CPU = torch.device("cpu")
@@ -44,10 +39,6 @@ ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="miniatures for a 
 def tiny(result: Path | None = None, **given: Any) -> list[Row]:
     options: dict[str, Any] = {"tokens": (256,), "size": TINY, "micro_batches": 1, "turns": 2, "warm_ups": 1}
     return train(result, Plan(**{**options, **given}))
-
-
-def row(backend: str, depth: int, step_s: float | None, tokens: int = 8192) -> Row:
-    return Row(backend=backend, tokens=tokens, depth=depth, micro_batches=2, parameters=1, flops=1.0, step_s=step_s)
 
 
 @ON_CPU
@@ -71,10 +62,15 @@ def test_torch_backend_is_measured_with_and_without_a_draft(
 
 
 @ON_CPU
-def test_a_draft_that_learns_from_a_share() -> None:
-    rows = tiny(tokens=(64,), micro_batches=2, turns=1, shares=(1.0, 0.5))
-    assert [(r.depth, r.share) for r in rows] == [(0, 1), (1, 1), (1, 0.5)]
+def test_drafts_that_learn_from_a_share_and_over_a_part_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafted = []
+    step = TorchTrainer.step
+    monkeypatch.setattr(TorchTrainer, "step", lambda self, batches: drafted.append(self.draft) or step(self, batches))
+    rows = tiny(tokens=(64,), micro_batches=2, turns=1, warm_ups=0, shares=(1.0, 0.5), draft_vocabs=(16,))
+    assert [(r.depth, r.share, r.draft_vocab) for r in rows] == [(0, 1, 0), (1, 1, 0), (1, 0.5, 0), (1, 1, 16)]
     assert len({r.grad_norm for r in rows}) == 1
+    sizes = [owner and owner.draft.vocab_ids is not None and len(owner.draft.vocab_ids) for owner in drafted]
+    assert sizes == [None, False, False, 16]
 
 
 @ON_CPU
@@ -268,30 +264,6 @@ def test_peaks() -> None:
     assert peak_flops("NVIDIA H100 PCIe") is None
 
 
-def test_checks() -> None:
-    rows = [row("megatron", 0, 1.0), row("megatron", 1, 1.04), row(STOCK, 0, 0.9), row(STOCK, 1, 1.0)]
-    share, over = checks(rows)
-    assert share["value"] == pytest.approx(0.04 / 1.04) and share["holds"]
-    assert over["value"] == pytest.approx(0.4) and over["holds"]
-    slower = [rows[0], replace(rows[1], step_s=1.2), *rows[2:]]
-    assert [c["holds"] for c in checks(slower)] == [False, False]
-    assert checks([row("torch", 0, None), row("torch", 1, 1.0)]) == []
-    assert checks([row("torch", 0, 1.0), row("torch", 1, 1.1, tokens=32768)]) == []
-    two = [replace(row(backend, 0, None), grad_norm=norm) for backend, norm in (("torch", 1.0), ("megatron", 1.06))]
-    assert [(c["value"], c["holds"]) for c in checks(two)] == [(pytest.approx(0.06), False)]
-    assert checks([two[0], replace(two[1], micro_batches=4)]) == []
-    less = checks([*rows, replace(rows[1], share=0.5, step_s=1.02)])
-    assert [c["value"] for c in less[:2]] == [share["value"], over["value"]] and len(less) == 3
-    assert less[2]["value"] == pytest.approx(0.02 / 1.02) and "0.5 of the micro-batches" in less[2]["what"]
-
-
-def test_table_shows_what_was_not_measured() -> None:
-    console = Console(width=150)
-    with console.capture() as shown:
-        console.print(table([replace(row("torch", 0, None), note="out of memory")]))
-    assert " ".join(shown.get().split()).endswith("policy alone 2 x 8192 - - - - - out of memory")
-
-
 # The command
 
 
@@ -303,6 +275,7 @@ def test_table_shows_what_was_not_measured() -> None:
         (["--depths", "0"], "at least 1"),
         (["--layers", "0"], "a width and a layer"),
         (["--shares", "0"], "a share of 0"),
+        (["--draft-vocabs", "151936"], "over 151936 of 151936 tokens"),
         (["--hidden", "40"], "choose a multiple"),
         (["stray"], "unexpected argument stray"),
         (["--micro-batches=1", "--tp", "1", "2"], "unexpected argument 2"),
@@ -331,6 +304,8 @@ def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
         "--shares",
         "1",
         "0.5",
+        "--draft-vocabs",
+        "32",
         "--hidden",
         "64",
     ]
@@ -338,6 +313,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
     ((result, plan),) = calls
     assert result == Path("t.json") and plan.backends == ["torch", "megatron"]
     assert (plan.tokens, plan.depths, plan.shares, plan.size.hidden) == ([64], [1, 3], [1, 0.5], 64)
+    assert plan.draft_vocabs == [32]
     assert plan.megatron == {
         "tensor-model-parallel-size": 2,
         "sequence-parallel": True,

@@ -14,15 +14,18 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from miles_spec.config import RunConfig
+from miles_spec.draft.acceptance import Replay
 from miles_spec.draft.linear_fit import LinearFit
 from miles_spec.draft.modules import DraftHead
-from miles_spec.draft.objective import DraftObjective, Loss, objective
+from miles_spec.draft.objective import DraftObjective, DraftRows, Loss, objective
 from miles_spec.models import stored_tensors
 from miles_spec.train.optimizer import AdamW
 from miles_spec.types import PackedBatch, SpecEstimate
@@ -30,7 +33,9 @@ from miles_spec.types import PackedBatch, SpecEstimate
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Teacher:
-    """What the policy's forward over a micro-batch leaves for the draft: all detached."""
+    """What the draft is given of a micro-batch: its rows and, detached, what the policy's forward over it leaves."""
+
+    rows: DraftRows
 
     hidden: Tensor
     """`[T, H]` after the final norm, in the dtype of forward passes."""
@@ -152,6 +157,20 @@ class DraftTrainer:
         most = math.ceil(self.config.draft.share * count)
         return sorted(random.Random(f"{self.config.seed}/{self.version}").sample(range(count), most))
 
+    def rows(self, batch: PackedBatch) -> DraftRows:
+        """What `Teacher` holds of it. Waits for the device: call it before anything is queued there."""
+        draft, group = self.draft, self.ranks.vocab
+        vocab = len(draft.to_draft) if draft.vocab_ids is None else len(draft.vocab_ids)
+        return DraftRows.make(
+            batch.layout,
+            batch.tokens,
+            batch.loss_mask,
+            depth=self.config.draft.num_steps,
+            hidden=draft.config.hidden_size,
+            vocab=vocab // group.size() if group is not None and draft.shares_head else vocab,
+            dtype=self.dtype,
+        )
+
     def begin(
         self,
         embed_weight: Tensor,
@@ -216,15 +235,20 @@ class DraftStep:
         self._all_rows, self._all_sums = [0] * depth, torch.zeros(1 + depth, device=owner.device)
         """The same, of all updates and ranks."""
         self._norms: list[float] = []
+        self._replays: list[tuple[str, Replay]] = []
+        """Estimates on their way, of which draft each is."""
         self._acceptance: dict[str, SpecEstimate] = {}
 
     def add(self, batch: PackedBatch, teacher: Teacher | None) -> None:
         """Objective and backward of one micro-batch, and the estimates of both drafts on it. None stands for a
         micro-batch of which this rank has nothing, while others may."""
         self._added += 1
+        earlier, self._replays = self._replays, []
         with self._watch.running():
             if teacher is not None:
                 self._learn(batch, teacher)
+            # those of the micro-batch before, which a GPU has long done with: it is never left without work for them
+            self._read(earlier)
             if self._train and self._added in self._updates:
                 self._update()
                 self._owner.optimizer.zero()
@@ -242,16 +266,17 @@ class DraftStep:
             self._sums += torch.cat([got.loss_sum.detach()[None], got.loss_by_depth])
         if owner.version != self._served:
             return
-        self._estimate("cotrained", got.estimate)
+        self._replays.append(("cotrained", got.replay))
         if owner.frozen is not None:
             if owner.frozen_version != owner.version:
                 with torch.no_grad():
                     got = self._objective(owner.frozen, batch, teacher)
-            self._estimate("frozen", got.estimate)
+            self._replays.append(("frozen", got.replay))
 
     def finish(self) -> DraftTerms:
         """The last update. The loss is the mean over all of them, the norm the largest."""
         with self._watch.running():
+            self._read(self._replays)
             self._share_estimates()
             if self._train:
                 self._update()
@@ -310,30 +335,38 @@ class DraftStep:
         self._sums = sums[depth:].to(self._sums)
 
     def _objective(self, head: DraftHead, batch: PackedBatch, teacher: Teacher) -> DraftObjective:
-        config = self._owner.config
-        with autocast(self._owner.device, self._owner.dtype):
-            return objective(
-                head,
-                self._embed,
-                self._head,
-                teacher.hidden,
-                teacher.states,
-                batch.layout,
-                batch.tokens,
-                batch.loss_mask,
-                teacher.lse,
-                teacher.logprobs,
-                depth=config.draft.num_steps,
-                loss=self._kind,
-                ramp=self._owner.ramp,
-                rule=config.rollout.rule,
-                temperature=config.rollout.temperature or 1.0,
-                group=self._owner.ranks.vocab,
-            )
+        owner, config = self._owner, self._owner.config
+        given = (self._embed, self._head, teacher.hidden, teacher.states, batch.layout, batch.tokens, batch.loss_mask)
+        how = {
+            "depth": config.draft.num_steps,
+            "loss": self._kind,
+            "ramp": owner.ramp,
+            "rule": config.rollout.rule,
+            "temperature": config.rollout.temperature or 1.0,
+            "group": owner.ranks.vocab,
+            "given": teacher.rows,
+        }
+        arguments = (*given, teacher.lse, teacher.logprobs)
+        # all of the draft in that dtype, as it is served: autocast would leave norms, and all between them, in float32
+        weights = {f"head.{name}": weight.to(owner.dtype) for name, weight in head.named_parameters()}
+        found: DraftObjective = functional_call(_Objective(head), weights, arguments, how)
+        return found
 
-    def _estimate(self, which: str, estimate: SpecEstimate) -> None:
-        before = self._acceptance.get(which)
-        self._acceptance[which] = estimate if before is None else before + estimate
+    def _read(self, replays: Sequence[tuple[str, Replay]]) -> None:
+        for which, replay in replays:
+            before, estimate = self._acceptance.get(which), replay.result()
+            self._acceptance[which] = estimate if before is None else before + estimate
+
+
+class _Objective(nn.Module):
+    """`objective` of one draft, as a module, whose parameters can stand aside for others."""
+
+    def __init__(self, head: DraftHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, *arguments: Any, **how: Any) -> DraftObjective:
+        return objective(self.head, *arguments, **how)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

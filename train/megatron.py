@@ -16,9 +16,8 @@ hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -32,6 +31,7 @@ from transformers import PreTrainedModel
 
 from miles_spec.config import RunConfig
 from miles_spec.draft.modules import DraftHead
+from miles_spec.draft.objective import DraftRows
 from miles_spec.kernels.layout import PackedLayout
 from miles_spec.kernels.logprob import LogProbs, logprob
 from miles_spec.models import stored_tensors
@@ -63,6 +63,8 @@ class _Part:
     """`[N]` int64, rows whose next token counts."""
     tokens: Tensor
     """`[N]` int64, which token of `whole` that is."""
+    taught: DraftRows | None = None
+    """Where the draft is to learn from it."""
 
     def scatter(self, values: Tensor) -> Tensor:
         """`[R]` with `values` `[N]` at `rows` and 0 elsewhere."""
@@ -151,20 +153,18 @@ class MegatronTrainer(Sleeper):
         tally = Tally(self.device)
         self.optimizer.zero()
         if any(bool(batch.loss_mask.any()) for batch in batches):
-            places = itertools.count()
 
             def work(part: _Part, hidden: Tensor, read: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-                at = next(places)
                 out = self._logprobs(part, hidden)
                 total, loss = packed_loss(part.whole, part.tokens, out.logprob, train)
                 tally.add(out, total.detach(), loss)
-                if draft is not None and at in chosen:
+                if draft is not None and part.taught is not None:
                     self.memory.at("the draft's forward and backward")
-                    draft.add(part.batch, self._teacher(part, hidden, read, out))
+                    draft.add(part.batch, self._teacher(part, part.taught, hidden, read, out))
                 self.memory.at("the policy's backward")
                 return total, torch.ones((), dtype=torch.int, device=self.device), {}
 
-            self._run(batches, work, train=True)
+            self._run(batches, work, train=True, teach=chosen)
         self.memory.at("the optimizer", 0)
         warmup = min(1.0, (self.version + 1) / max(1, train.lr_warmup_steps))
         norm = self.optimizer.step(train.lr * warmup)
@@ -409,13 +409,18 @@ class MegatronTrainer(Sleeper):
         *,
         train: bool = False,
         every: bool = False,
+        teach: Container[int] = (),
     ) -> None:
         """The policy over this rank's share of the micro-batches, in Megatron's schedule; `work` is called on the last
         stage with the hidden states `[R, H]` of each and what the draft reads, and returns what a loss function of
-        Megatron's does."""
+        Megatron's does. From those that `teach` names, in the order of the schedule, the draft is to learn there."""
         parts = self._parts(batches, every=every)
         if train:
             parts = shuffled(parts, self.config, self.version)
+        if (draft := self.draft) is not None:
+            parts = [
+                replace(part, taught=draft.rows(part.batch)) if i in teach else part for i, part in enumerate(parts)
+            ]
         if not parts:
             return
 
@@ -451,8 +456,9 @@ class MegatronTrainer(Sleeper):
             group=self.ranks.tensor,
         )
 
-    def _teacher(self, part: _Part, hidden: Tensor, read: Tensor, out: LogProbs) -> Teacher:
+    def _teacher(self, part: _Part, rows: DraftRows, hidden: Tensor, read: Tensor, out: LogProbs) -> Teacher:
         return Teacher(
+            rows=rows,
             hidden=hidden.detach().to(self.dtype),
             states=read.detach().to(self.dtype),
             lse=part.scatter(out.lse.detach()),
@@ -466,9 +472,10 @@ class MegatronTrainer(Sleeper):
 
         def work(part: _Part, hidden: Tensor, read: Tensor) -> None:
             out = self._logprobs(part, hidden)
-            found.append((part, out, self._teacher(part, hidden, read, out)))
+            assert part.taught is not None, "the draft is on the last stage"
+            found.append((part, out, self._teacher(part, part.taught, hidden, read, out)))
 
-        self._run(batches, work)
+        self._run(batches, work, teach=range(len(batches)))
         return found
 
     @guarded

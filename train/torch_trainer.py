@@ -30,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from miles_spec.config import RunConfig
 from miles_spec.draft import states
 from miles_spec.draft.modules import DraftHead
+from miles_spec.draft.objective import DraftRows
 from miles_spec.kernels.attention import PackedAttention
 from miles_spec.kernels.logprob import LogProbs, logprob
 from miles_spec.models import cast, embed_weight, head_weight, stored_tensors, trunk
@@ -132,9 +133,10 @@ class TorchTrainer(Sleeper):
         assert self.optimizer is not None, "this trainer trains no policy"
         train = self.config.train
         sampled = shuffled(list(self._sampled(batches)), self.config, self.version)
-        draft, chosen = None, list[int]()
+        draft, rows = None, dict[int, DraftRows]()
         if self.draft is not None:
             chosen = self.draft.choose(len(sampled))
+            rows = {at: self.draft.rows(sampled[at][0]) for at in chosen}
             updates = self.draft.updates(len(chosen))
             draft = self.draft.begin(*self._vocabulary(), train=self.config.draft.train, updates=updates)
         self.optimizer.zero()
@@ -146,9 +148,9 @@ class TorchTrainer(Sleeper):
             self.memory.at("the policy's backward")
             total.backward()
             tally.add(out, total.detach(), loss)
-            if draft is not None and at in chosen:
+            if draft is not None and at in rows:
                 self.memory.at("the draft's forward and backward")
-                draft.add(batch, _teacher(hidden, read, out, tokens) if len(tokens) else None)
+                draft.add(batch, _teacher(rows[at], hidden, read, out, tokens) if len(tokens) else None)
         self.memory.at("the optimizer", 0)
         warmup = min(1.0, (self.version + 1) / max(1, train.lr_warmup_steps))
         norm = self.optimizer.step(train.lr * warmup)
@@ -186,10 +188,9 @@ class TorchTrainer(Sleeper):
     @guarded
     def fit_draft(self, batches: Sequence[PackedBatch]) -> None:
         """See `Trainer`. Raises `ValueError` without a draft."""
-        if self.draft is None:
-            raise ValueError("there is no draft to fit; set draft.enabled")
+        draft = self._need_draft()
         embed, _ = self._vocabulary()
-        self.draft.fit(embed, ((batch, teacher) for batch, _, teacher in self._taught(batches)))
+        draft.fit(embed, ((batch, teacher) for batch, _, teacher in self._taught(batches)))
 
     def warm_draft(self, batches: Sequence[PackedBatch], steps: int) -> Iterator[LossTerms]:
         """See `Trainer`. The policy's forward runs once per micro-batch, however many steps there are; the learning
@@ -225,9 +226,7 @@ class TorchTrainer(Sleeper):
     @guarded
     def freeze_draft(self) -> None:
         """Keeps a copy of the draft as it is now. Raises `ValueError` without a draft."""
-        if self.draft is None:
-            raise ValueError("there is no draft to freeze; set draft.enabled")
-        self.draft.freeze()
+        self._need_draft().freeze()
 
     def weights(self, role: Role) -> Iterator[tuple[str, Tensor]]:
         """See `Trainer`; tied weights come once. Raises `ValueError` for `draft` without a draft.
@@ -239,9 +238,7 @@ class TorchTrainer(Sleeper):
             for name, tensor in stored_tensors(self.model).items():
                 yield name, fsdp.full(tensor)
             return
-        if self.draft is None:
-            raise ValueError("there is no draft to export; set draft.enabled")
-        yield from self.draft.draft.exported().items()
+        yield from self._need_draft().draft.exported().items()
 
     @guarded
     def state_values(self) -> dict[str, Any]:
@@ -322,26 +319,31 @@ class TorchTrainer(Sleeper):
     def _taught(self, batches: Sequence[PackedBatch]) -> Iterator[_Lesson]:
         """What the draft learns from this rank's micro-batches that have a sampled token, without a gradient of the
         policy."""
+        draft = self._need_draft()
         for batch, tokens in self._sampled(batches):
+            rows = draft.rows(batch)
             self.memory.at("the policy's forward", len(batch.tokens))
             with torch.no_grad():
                 hidden, read, out = self._forward(self.model, self._head, batch, tokens)
             if len(tokens):
-                yield batch, out, _teacher(hidden, read, out, tokens)
+                yield batch, out, _teacher(rows, hidden, read, out, tokens)
 
     @guarded
     def _draft_step(
         self, lessons: Iterable[_Lesson], *, train: bool, warm: bool = False, lr_scale: float = 1.0
     ) -> LossTerms:
-        if self.draft is None:
-            raise ValueError("there is no draft to train; set draft.enabled")
-        draft = self.draft.begin(*self._vocabulary(), train=train, warm=warm, lr_scale=lr_scale)
+        draft = self._need_draft().begin(*self._vocabulary(), train=train, warm=warm, lr_scale=lr_scale)
         tally = Tally(self.device)
         for batch, out, teacher in lessons:
             self.memory.at("the draft's forward and backward", len(batch.tokens))
             tally.add(out)
             draft.add(batch, teacher)
         return self._terms(tally, 0.0, draft)
+
+    def _need_draft(self) -> DraftTrainer:
+        if self.draft is None:
+            raise ValueError("there is no draft to train; set draft.enabled")
+        return self.draft
 
     @property
     def _head(self) -> DraftHead | None:
@@ -404,8 +406,9 @@ class TorchTrainer(Sleeper):
         )
 
 
-def _teacher(hidden: Tensor, read: Tensor, out: LogProbs, tokens: Tensor) -> Teacher:
+def _teacher(rows: DraftRows, hidden: Tensor, read: Tensor, out: LogProbs, tokens: Tensor) -> Teacher:
     return Teacher(
+        rows=rows,
         hidden=hidden,
         states=read,
         lse=_scatter(out.lse, tokens - 1, len(hidden)),
