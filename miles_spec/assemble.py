@@ -42,7 +42,7 @@ from miles_spec.train.megatron_args import MegatronArguments
 from miles_spec.train.packing import pack
 from miles_spec.train.ranks import Leader, Ranks
 from miles_spec.train.torch_trainer import TorchTrainer
-from miles_spec.types import LossTerms, Prompt, Receipt, Request, Role, Sample, Sampling
+from miles_spec.types import Completion, LossTerms, Prompt, Receipt, Request, Role, Sample, Sampling
 
 if TYPE_CHECKING:
     from miles_spec.train.megatron import MegatronTrainer
@@ -448,8 +448,8 @@ def check_context(max_context: int, model: Any) -> None:
 def _plain_rollouts(
     engine: Engine, prompts: Sequence[Prompt], config: RunConfig, live: LiveTable
 ) -> tuple[list[Sample], CostModel | None]:
-    """One response to each prompt, and the cost model of the engine, its error measured on them; None for servers that
-    cannot be asked to go without their draft."""
+    """One response to each prompt, and the cost model of the engine, fitted to the first half of them and its error
+    measured on the second; None for servers that cannot be asked to go without their draft."""
     cost = None
     if not config.rollout.urls:  # joined servers draft already: what they cost without is not known
         served = config.rollout.engine == "sglang"
@@ -460,12 +460,18 @@ def _plain_rollouts(
     ]
     done = iter(range(1, len(requests) + 1))
     live.phase("rollouts without speculation", 0, len(requests))
-    engine.take_times()
-    out = engine.generate(requests, lambda _: live.phase("rollouts without speculation", next(done), len(requests)))
-    times = engine.take_times()
-    rows = min(engine.max_running * len(engine.members()), len(out))
-    if cost is not None:
-        cost = cost.checked(times.verify_s + times.other_s, [len(c.tokens) for c in out], rows)
+    half = len(requests) // 2
+    out: list[Completion] = []
+    for part in filter(None, (requests[:half], requests[half:])):
+        engine.take_times()
+        made = engine.generate(part, lambda _: live.phase("rollouts without speculation", next(done), len(requests)))
+        out += made
+        if cost is not None:
+            times = engine.take_times()
+            seconds, lengths = times.verify_s + times.other_s, [len(c.tokens) for c in made]
+            rows = min(engine.max_running * len(engine.members()), len(made))
+            last = len(out) == len(requests)
+            cost = cost.checked(seconds, lengths, rows) if last else cost.fitted(seconds, lengths, rows)
     return [Sample(prompt=p, index=0, completion=c, reward=0.0) for p, c in zip(prompts, out, strict=True)], cost
 
 

@@ -1,7 +1,9 @@
 """What decoding would cost without speculation: a cost model of one engine, calibrated on that engine.
 
 The one claim it serves is `net_speedup`: measured tokens/s over the tokens/s this model gives for the same responses
-without a draft. Invariant: its error is measured on a real plain rollout, and travels with every number made from it.
+without a draft. How steps grow with the batch is timed step by step; how long they take, prefill and what else a server
+does beside them included, is fitted to a real plain rollout. Invariant: its error is measured on another one, and
+travels with every number made from it.
 """
 
 from __future__ import annotations
@@ -60,6 +62,18 @@ class CostModel:
             seconds += steps * self.step_seconds(len(running))
             running = [n - steps for n in running if n > steps]
         return seconds
+
+    def fitted(self, measured_s: float, lengths: Sequence[int], rows: int) -> CostModel:
+        """All seconds times one factor, after which a plain rollout that took `measured_s` for decoding is predicted
+        exactly; the same model if nothing was decoded."""
+        if max(lengths) < 2:
+            return self
+        factor = measured_s / self.decode_seconds(lengths, rows)
+        return replace(
+            self,
+            step_s=tuple((size, seconds * factor) for size, seconds in self.step_s),
+            start_s=self.start_s * factor,
+        )
 
     def checked(self, measured_s: float, lengths: Sequence[int], rows: int) -> CostModel:
         """The same model with its error on a plain rollout that took `measured_s` for decoding; without an error if

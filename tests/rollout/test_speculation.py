@@ -46,6 +46,16 @@ def test_step_seconds_between_and_beyond() -> None:
     assert [cost.step_seconds(b) for b in (1, 2, 3, 4, 6, 8, 16)] == [1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 6.0]
 
 
+def test_fitted_predicts_what_it_was_fitted_to() -> None:
+    cost = CostModel(step_s=((1, 0.5), (2, 0.8)), start_s=0.25)
+    fitted = cost.fitted(9.0, [4, 2, 3], 2)
+    assert fitted.decode_seconds([4, 2, 3], 2) == pytest.approx(9.0)
+    factor = 9.0 / cost.decode_seconds([4, 2, 3], 2)
+    assert fitted.step_seconds(2) == pytest.approx(0.8 * factor) and fitted.start_s == pytest.approx(0.25 * factor)
+    assert fitted.checked(9.0, [4, 2, 3], 2).error == pytest.approx(0.0)
+    assert cost.fitted(2.0, [1, 1], 1) == cost
+
+
 def test_checked() -> None:
     cost = CostModel(step_s=((1, 0.5),))
     assert math.isnan(cost.error)
