@@ -32,6 +32,7 @@ ARCHITECTURES = {
     ("eagle", "mistral"): "LlamaForCausalLMEagle",
     ("eagle", "qwen2"): "Qwen2ForCausalLMEagle",
     ("eagle3", "llama"): "LlamaForCausalLMEagle3",
+    ("nextn", "deepseek_v3"): "DeepseekV3ForCausalLMNextN",
     ("nextn", "glm4_moe"): "Glm4MoeForCausalLMNextN",
     ("mimo", "qwen2"): "MiMoMTP",
     ("qwen_mtp", "qwen3_moe"): "Qwen3MoeForCausalLMMTP",
@@ -44,7 +45,7 @@ norms that no family here has."""
 TARGETS = {
     "eagle": ("glm4_moe", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next"),
     "eagle3": ("glm4_moe", "gpt_oss", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next"),
-    "nextn": ("glm4_moe",),
+    "nextn": ("deepseek_v3", "glm4_moe"),
     "mimo": ("qwen2",),
     "qwen_mtp": ("qwen3_moe",),
 }
@@ -154,6 +155,10 @@ def as_served(tensors: Iterator[tuple[str, Tensor]], model_type: str) -> Iterato
 SPLIT = ("deepseek_v3", "glm4_moe", "qwen3_moe", "qwen3_next")
 """Model types whose experts engines take one by one."""
 
+UNSAID = {"deepseek_v3": {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}}
+"""Model type to what SGLang reads in its configuration, as checkpoints have it, and transformers, which computes just
+this, does not write by itself."""
+
 
 def export_target(model: PreTrainedModel, tokenizer: Any, folder: Path, *, dtype: torch.dtype) -> None:
     """Writes what `--model-path` names together with `--load-format dummy`: configurations and tokenizer, no weights.
@@ -173,8 +178,8 @@ def check_served(model_type: str, spec: DraftSpec, layers: int = 1) -> None:
     type.
 
     Read in 0.5.17 and 0.5.21: its `enable_multi_layer_eagle`, a layer for each depth, is for models that no family here
-    is of (MiMo-V2, Step-3.5, Inkling; from 0.5.21 also GigaChat-3.5). Of the classes in `ARCHITECTURES`, GLM-4.5's
-    fails at start if there is a second layer, and MiMo's loads each over the one before.
+    is of (MiMo-V2, Step-3.5, Inkling; from 0.5.21 also GigaChat-3.5). Of the classes in `ARCHITECTURES`,
+    DeepSeek's and GLM-4.5's fail if there is a second layer, and MiMo's loads each over the one before.
     """
     if FAMILIES.get(spec.family) != spec:
         raise ValueError(f"SGLang has no class that serves a draft of family {spec.family!r} as it is built here")
@@ -238,7 +243,7 @@ def _served_config(
     config: PretrainedConfig, architectures: list[str], dtype: torch.dtype, **changes: object
 ) -> PretrainedConfig:
     """`config` as a server must read it: without traces of how its weights were once stored, or of our attention."""
-    values = config.to_dict()
+    values = {**UNSAID.get(config.model_type, {}), **config.to_dict()}
     for trace in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype"):
         values.pop(trace, None)
     plain = str(dtype).removeprefix("torch.")

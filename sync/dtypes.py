@@ -9,6 +9,14 @@ from torch import Tensor
 
 from miles_spec.types import TensorMeta
 
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of an element to a dtype whose `==` compares bits."""
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers."""
+    return tensor.detach().view(INTEGERS[tensor.element_size()])
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for `torch.bfloat16`."""

@@ -11,7 +11,8 @@ and the loader connects back to the trainer there, then obeys commands until "en
     {"do": "learn", "tensors": [[name, dtype, shape], ...]}   -> "served": {name: [dtype, shape]}, "faults": [sentence]
     {"do": "open", "via": {...}}                              a transport, see receivers.py
     {"do": "load", "table": [...], "bytes": n, "via": {...}}  one bucket; the answer comes when it may be overwritten
-    {"do": "digest"}                                          -> "digests": {name: digest} of what is served
+    {"do": "digest"}                                          -> "digests": {name: digest} of what is served; what the
+                                                              model derives from that is derived anew before
     {"do": "end"}
 
 Invariant: nothing is raised into SGLang, where it would end the server, and no dead or silent trainer holds a server up

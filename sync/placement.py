@@ -5,8 +5,8 @@ padded vocabularies and tensor-parallel shards need no table of names. From then
 asked what it holds. Learning overwrites all weights, so an engine that ignores a push is found out.
 
 A tensor for which the loader did nothing but copy is from then on copied straight to its places, all of a bucket in one
-call. Where it did anything else, such as deriving other weights, as SGLang's models with multi-head latent attention
-do, the loader itself gets the tensor every time.
+call; so is one that the loader copies only in a row with others, once all of them have come. Where it did anything
+else, the loader itself gets the tensor every time. What the model derives after loading is in `derived.py`.
 
 Invariant: a digest is reported only of bytes that lie in the model's memory, in the place where its loader put them.
 What cannot be compared with what was sent, a tensor scaled, transposed or quantised on the way, is refused by name.
@@ -20,43 +20,20 @@ import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from miles_spec.sync.derived import Derived, postponed
 from miles_spec.sync.digest import Digester, digest, digests
-from miles_spec.sync.dtypes import dtype_name, dtype_of
+from miles_spec.sync.dtypes import bits, dtype_name, dtype_of
 from miles_spec.sync.runs import covers, joined, overlaps, runs_of, touches
+from miles_spec.sync.watch import Watch
 from miles_spec.types import TensorMeta
 
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of an element to a dtype whose `==` compares bits."""
-
-_FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
-
-_VIEWS = frozenset(
-    (
-        "alias",
-        "chunk",
-        "detach",
-        "narrow",
-        "permute",
-        "select",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "squeeze",
-        "t",
-        "transpose",
-        "unflatten",
-        "unsqueeze",
-        "view",
-    )
-)
-"""Operations that compute nothing. Not `reshape`, `contiguous` and `to`, which may copy and in inference mode come
-whole."""
+WAITING = 8
+"""So many of the tensors that the loader has only taken note of are offered again with the next one; those that belong
+together are close to each other in a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +87,10 @@ class _Refused(Exception):
     """A tensor has no place that could be verified; the message is the fault."""
 
 
+class _Alone(_Refused):
+    """The loader copies nothing of a tensor that comes by itself."""
+
+
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by all their names, and plain tensors that stand where a `weight` does, as SGLang's reduced draft head
     is one."""
@@ -126,40 +107,8 @@ def _memory(model: nn.Module) -> Tensor:
     return joined(runs_of(t) for t in [*_weights(model).values(), *model.buffers()])
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().view(INTEGERS[tensor.element_size()])
-
-
 def _addresses(model: nn.Module) -> dict[str, int]:
     return {name: weight.data_ptr() for name, weight in _weights(model).items()}
-
-
-class _Watch(TorchDispatchMode):
-    """Records what is copied and filled, and whether anything else is computed. What would be written into `foreign`
-    memory is noted, and not written."""
-
-    def __init__(self, foreign: Tensor) -> None:
-        super().__init__()
-        self.copies: list[tuple[Tensor, Tensor]] = []
-        self.fills: list[Tensor] = []
-        self.trespassed = False
-        self.plain = True
-        self._foreign = foreign
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is torch.ops.aten.copy_.default or function in _FILLS:
-            if len(self._foreign) and touches(self._foreign, runs_of(args[0])):
-                self.trespassed = True
-                return args[0]
-            if function in _FILLS:
-                self.fills.append(args[0])
-            else:
-                self.copies.append((args[0], args[1]))
-        elif function.overloadpacket.__name__ not in _VIEWS:
-            self.plain = False
-        return function(*args, **(kwargs or {}))
 
 
 def _random(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -199,18 +148,25 @@ class _Learner:
         self.device = next(iter(self.parameters.values())).device
         self.dtype = _main_dtype(model)
         self.filled: list[Tensor] = []
+        self._waiting: dict[str, Tensor] = {}
 
-    def place(self, name: str, meta: TensorMeta) -> _Place:
-        """Raises `_Refused`."""
+    def place(self, name: str, meta: TensorMeta) -> dict[str, _Place]:
+        """That of `name` and of those before that had waited for it. Raises `_Refused`."""
         dtype = dtype_of(meta.dtype)
         if dtype.is_floating_point:
             dtype = self.dtype
-        place = self._load(name, meta, dtype)
-        if isinstance(place, torch.dtype):  # as norms and routers, which may be served in float32
-            place = self._load(name, meta, place)
+        try:
+            place = self._load(name, meta, dtype)
+            if isinstance(place, torch.dtype):  # as norms and routers, which may be served in float32
+                place = self._load(name, meta, place)
+        except _Alone:
+            self._waiting[name] = _random(name, meta.shape, dtype, self.device)
+            if not (places := self._load_together(name)):
+                raise
+            return places
         if isinstance(place, torch.dtype):
             raise _Refused(f"tensor {name!r} lands in another dtype each time it is loaded")
-        return place
+        return {name: place}
 
     def _load(self, name: str, meta: TensorMeta, dtype: torch.dtype) -> _Place | torch.dtype:
         """The place, or the dtype to try again with, which is the served memory's."""
@@ -222,19 +178,56 @@ class _Learner:
         source = _random(name, meta.shape, dtype, self.device)
         before = digest(source)
         watch = self._watched(name, lambda: self.model.load_weights([(name, source)]))  # type: ignore[operator]
-        plain = watch.plain and not hasattr(self.model, "post_load_weights")  # which may wait for all of a layer
+        plain = watch.plain
         straight = not watch.copies and name in self.parameters
         if straight:
             watch = self._watched(name, lambda: _load_by_name(self.parameters[name], source))
             plain = plain and watch.plain
-        copies, fills = watch.copies, watch.fills
+        if not watch.copies:
+            raise _Alone(f"the engine has no place for tensor {name!r}")
+        for to, _ in watch.copies:
+            if to.dtype != dtype and dtype.is_floating_point and to.dtype.is_floating_point:
+                return to.dtype
+        place = self._place(name, source, before, watch.copies, straight=straight, plain=plain)
+        self.filled += [runs_of(fill) for fill in watch.fills]
+        return place
+
+    def _load_together(self, last: str) -> dict[str, _Place]:
+        """The places of those that wait, and are copied now that `last` has come too."""
+        self._waiting = sources = dict(list(self._waiting.items())[-WAITING:])
+        before = {name: digest(source) for name, source in sources.items()}
+        watch = self._watched(last, lambda: self.model.load_weights(list(sources.items())))  # type: ignore[operator]
+        names = {source.untyped_storage().data_ptr(): name for name, source in sources.items()}
+        copies: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for to, values in watch.copies:
+            copies.setdefault(names.get(values.untyped_storage().data_ptr(), last), []).append((to, values))
         if not copies:
-            raise _Refused(f"the engine has no place for tensor {name!r}")
+            return {}
+        if not watch.plain:
+            raise _Refused(f"the engine copies tensor {last!r} only together with others, and does more than that")
+        places = {
+            name: self._place(name, sources[name], before[name], own, straight=False, plain=True)
+            for name, own in copies.items()
+        }
+        self._waiting = {name: source for name, source in sources.items() if name not in places}
+        self.filled += [runs_of(fill) for fill in watch.fills]
+        return places
+
+    def _place(
+        self,
+        name: str,
+        source: Tensor,
+        before: str,
+        copies: Sequence[tuple[Tensor, Tensor]],
+        *,
+        straight: bool,
+        plain: bool,
+    ) -> _Place:
+        """Where `source`, whose digest was `before`, went with `copies`. Raises `_Refused`."""
         for to, _ in copies:
-            if to.dtype != dtype:
-                if dtype.is_floating_point and to.dtype.is_floating_point:
-                    return to.dtype
-                raise _Refused(f"the engine turns tensor {name!r} from {dtype_name(dtype)} into {dtype_name(to.dtype)}")
+            if to.dtype != source.dtype:
+                theirs = dtype_name(to.dtype)
+                raise _Refused(f"the engine turns tensor {name!r} from {dtype_name(source.dtype)} into {theirs}")
         namesake = self.parameters.get(name)
         if namesake is not None and namesake.shape == source.shape:
             own = joined([runs_of(namesake)])
@@ -249,17 +242,18 @@ class _Learner:
         found = []
         for to, values in copies:
             copy = self._copy(to, values, source)
-            if copy is None or not torch.equal(_bits(to), _bits(copy.slice_of(source))):
+            if copy is None or not torch.equal(bits(to), bits(copy.slice_of(source))):
                 raise changed
             found.append(copy)
-        self.filled += [runs_of(fill) for fill in fills]
-        return _Place(shape=tuple(source.shape), dtype=dtype, copies=tuple(found), straight=straight, plain=plain)
+        return _Place(
+            shape=tuple(source.shape), dtype=source.dtype, copies=tuple(found), straight=straight, plain=plain
+        )
 
-    def _watched(self, name: str, load: Callable[[], object]) -> _Watch:
+    def _watched(self, name: str, load: Callable[[], object]) -> Watch:
         """What `load` does; of its copies those into the model's memory. Raises `_Refused`."""
-        watch = _Watch(self.foreign)
+        watch = Watch(self.foreign)
         try:
-            with watch:
+            with postponed(self.model), watch:
                 load()
         except Exception as error:
             raise _Refused(f"the engine's loader fails on tensor {name!r}: {type(error).__name__}: {error}") from error
@@ -272,6 +266,11 @@ class _Learner:
             elif to.numel():
                 watch.plain = False
         return watch
+
+    def own(self) -> dict[str, Tensor]:
+        """The floating weights that the model shares with no owner."""
+        floats = {name: weight for name, weight in self.parameters.items() if weight.dtype.is_floating_point}
+        return {name: weight for name, weight in floats.items() if not touches(self.foreign, runs_of(weight))}
 
     def _copy(self, to: Tensor, values: Tensor, source: Tensor) -> _Copy | None:
         """Which slice of `source` is copied; None if the values are not in its memory or out of its order."""
@@ -291,9 +290,10 @@ class _Learner:
 class Placement:
     """The places of all tensors of one role in one model, on one rank."""
 
-    def __init__(self, model: nn.Module, places: Mapping[str, _Place], faults: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, places: Mapping[str, _Place], derived: Derived, faults: Sequence[str]) -> None:
         self._model = weakref.ref(model)
         self._places = places
+        self._derived = derived
         self._addresses = _addresses(model)
         self._sliced: dict[str, tuple[str, list[str]]] = {}
         self.faults = tuple(faults)
@@ -312,12 +312,13 @@ class Placement:
         learner = _Learner(model, owner)
         before = _addresses(model)
         places: dict[str, _Place] = {}
-        faults = []
+        refused: dict[str, str] = {}
         for name, meta in metas.items():
             try:
-                places[name] = learner.place(name, meta)
+                places |= learner.place(name, meta)
             except (_Refused, ValueError) as error:
-                faults.append(str(error))
+                refused[name] = str(error)
+        faults = [fault for name, fault in refused.items() if name not in places]
         runs = {name: joined(runs_of(copy.served) for copy in place.copies) for name, place in places.items()}
         faults += [f"tensors {a!r} and {b!r} are loaded into the same place" for a, b in overlaps(runs)]
         reached = joined([*runs.values(), *learner.filled])
@@ -326,7 +327,13 @@ class Placement:
                 faults.append(f"the engine gives parameter {name!r} new memory when it loads it")
             elif not covers(reached, runs_of(parameter)) and not covers(learner.foreign, runs_of(parameter)):
                 faults.append(f"served tensor {name!r} is reached by no pushed tensor, or not in all its elements")
-        return cls(model, places, faults)
+        derived = Derived({})
+        if not faults:
+            try:
+                derived = Derived.find(model, learner.own(), learner.memory)
+            except ValueError as error:
+                faults.append(str(error))
+        return cls(model, places, derived, faults)
 
     def served(self) -> dict[str, TensorMeta]:
         """In which shape and dtype each tensor has to be pushed."""
@@ -352,7 +359,7 @@ class Placement:
         ]
         if copies:
             torch._foreach_copy_(
-                [_bits(copy.served) for copy, _ in copies], [_bits(copy.slice_of(tensor)) for copy, tensor in copies]
+                [bits(copy.served) for copy, _ in copies], [bits(copy.slice_of(tensor)) for copy, tensor in copies]
             )
         theirs = [(name, tensor) for name, tensor in named if not self._places[name].plain]
         if theirs:
@@ -372,10 +379,10 @@ class Placement:
         """Name to digest of what is served now, of every tensor that was learned.
 
         Of a tensor of which this model holds slices only, the digest of what was received, if every slice held just
-        that after its load and is unchanged since; otherwise a remark in its place. Raises `ValueError` for a model
-        whose parameters have moved.
+        that after its load and is unchanged since; otherwise a remark in its place. Before that the model derives anew
+        what it keeps besides its weights. Raises `ValueError` if it does not, or if parameters have moved.
         """
-        self._still()
+        self._derived.refresh(self._still())
         views = {name: place.views(name) for name, place in self._places.items()}
         read = digests(view for each in views.values() for view in each)
         result = {}
@@ -399,7 +406,7 @@ class Placement:
             if place.sliced:
                 self._sliced.pop(name, None)
                 parts = [(copy.served, copy.slice_of(tensor).to(copy.served.device)) for copy in place.copies]
-                same[name] = torch.stack([(_bits(served) == _bits(part)).all() for served, part in parts]).all()
+                same[name] = torch.stack([(bits(served) == bits(part)).all() for served, part in parts]).all()
                 for view, served in [("source " + name, tensor), *place.views(name)]:
                     digester.add(view, served)
         if same:

@@ -30,7 +30,7 @@ from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE, EAGLE3, FAMILIES, MIMO, NEXTN, QWEN_MTP, DraftSpec
 
 IDS = torch.tensor([3, 4, 17, 60])
-OTHERS = [(EAGLE3, "llama"), (NEXTN, "glm4_moe"), (MIMO, "qwen2"), (QWEN_MTP, "qwen3_moe")]
+OTHERS = [(EAGLE3, "llama"), (NEXTN, "glm4_moe"), (NEXTN, "deepseek_v3"), (MIMO, "qwen2"), (QWEN_MTP, "qwen3_moe")]
 
 
 def _head(family: str = "llama", vocab_ids: torch.Tensor | None = None, spec: DraftSpec = EAGLE) -> DraftHead:
@@ -117,6 +117,20 @@ def test_configuration_of_mtp_layers(spec: DraftSpec, kind: str, tmp_path: Path)
         assert written["first_k_dense_replace"] == 0 and written["n_routed_experts"] == 4
 
 
+def test_what_sglang_reads_and_transformers_does_not_write(tmp_path: Path) -> None:
+    """In target and draft; what a checkpoint says of it stays."""
+    said = {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    model = tiny_model("deepseek_v3")
+    for changes in ({}, {"topk_method": "other"}):
+        for name, value in changes.items():
+            setattr(model.config, name, value)
+        export_target(model, tiny_tokenizer(), tmp_path / "target", dtype=torch.float32)
+        export(DraftHead(NEXTN, model.config), tmp_path / "draft", dtype=torch.float32)
+        for folder in ("target", "draft"):
+            written = json.loads((tmp_path / folder / "config.json").read_text())
+            assert {name: written.get(name) for name in said} == {**said, **changes}
+
+
 def test_eagle3s_vocabulary_is_in_its_file(tmp_path: Path) -> None:
     export(_head(vocab_ids=IDS, spec=EAGLE3), tmp_path / "draft", dtype=torch.bfloat16)
     read = load_file(tmp_path / "draft" / "model.safetensors")
@@ -186,7 +200,7 @@ def test_the_fingerprint_is_of_the_vocabulary() -> None:
     [
         (EAGLE, "gemma", "family 'eagle' for glm4_moe, .*llama, .*, not for gemma"),
         (EAGLE3, "gemma", "family 'eagle3' for .*, not for gemma"),
-        (NEXTN, "llama", "family 'nextn' for glm4_moe models, not for llama"),
+        (NEXTN, "llama", "family 'nextn' for deepseek_v3, glm4_moe models, not for llama"),
         (MIMO, "qwen3", "family 'mimo' for qwen2 models, not for qwen3"),
         (QWEN_MTP, "qwen3_next", "family 'qwen_mtp' for qwen3_moe models, not for qwen3_next"),
     ],
@@ -200,7 +214,7 @@ def test_a_target_that_cannot_be_served_is_refused(spec: DraftSpec, kind: str, s
 
 
 def test_several_layers_are_not_served() -> None:
-    for spec, kind in ((NEXTN, "glm4_moe"), (MIMO, "qwen2")):
+    for spec, kind in ((NEXTN, "glm4_moe"), (NEXTN, "deepseek_v3"), (MIMO, "qwen2")):
         check_served(kind, spec, 1)
         with pytest.raises(ValueError, match=f"family '{spec.family}' with one layer, .* a layer for each of 2 depths"):
             check_served(kind, spec, 2)

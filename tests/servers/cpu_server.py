@@ -108,7 +108,9 @@ def _extend_attention(
     ends, prefixes = q_ends.tolist(), cached_ends.tolist()
     for row, (start, stop) in enumerate(itertools.pairwise(ends)):
         own, old = slice(start, stop), slots[prefixes[row] : prefixes[row + 1]].long()
-        keys, values = torch.cat([cached_k[old], k[own]]), torch.cat([cached_v[old], v[own]])
+        keys, values = k[own], v[own]
+        if len(old):  # what is cached of latent attention has one head, as what is new then has
+            keys, values = torch.cat([cached_k[old], keys]), torch.cat([cached_v[old], values])
         if start < stop:
             out[own] = _attend(q[own], keys, values, scale)
 
@@ -150,12 +152,12 @@ def _module(name: str, **members: object) -> None:
 
 def _patch() -> None:
     """Puts what is missing on a CPU in place, then changes SGLang's choices where it has no GPU to go by."""
-    _module(
-        "sgl_kernel",
-        top_p_renorm_prob=_keep_top_p,
-        top_k_renorm_prob=_keep_top_k,
-        tree_speculative_sampling_target_only=_verify_by_target,
-    )
+    sampling = {
+        "top_p_renorm_prob": _keep_top_p,
+        "top_k_renorm_prob": _keep_top_k,
+        "tree_speculative_sampling_target_only": _verify_by_target,
+    }
+    _module("sgl_kernel", **sampling)
     _module("vllm")
     # imported on platforms that SGLang does not know; it then runs its own PyTorch code
     _module("vllm._custom_ops", rotary_embedding=_absent, fused_add_rms_norm=_absent, rms_norm=_absent)
@@ -167,15 +169,19 @@ def _patch() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
 
     from sglang.kernels.ops.attention import decode_attention, extend_attention
-    from sglang.kernels.ops.speculative import cache_locs
+    from sglang.kernels.ops.speculative import cache_locs, spec_tree
+    from sglang.srt.model_loader import utils as loading
     from sglang.srt.speculative import eagle_utils
 
     # interpreted, these two would take nine tenths of the time
     extend_attention.extend_attention_fwd = _extend_attention
     decode_attention.decode_attention_fwd = _decode_attention
     # the branch of XPU is Triton throughout, which can be interpreted; but it would verify greedily at any temperature
-    cache_locs._is_xpu = eagle_utils._is_xpu = True
+    cache_locs._is_xpu = spec_tree._is_xpu = eagle_utils._is_xpu = True
+    vars(eagle_utils).update(sampling)  # from 0.5.23 it takes them when it is imported, and on a CPU finds none
     eagle_utils._verify_uses_greedy = lambda *, is_all_greedy, **_: is_all_greedy
+    # DeepSeek's models load tensors that lie on a CPU in threads, where nobody watches; those on a GPU they do not
+    loading.should_async_load = lambda _: False
 
 
 _patch()

@@ -27,19 +27,36 @@ from miles_spec.kernels.logprob import logprob
 from .conftest import CONTEXT, DEPTH, VOCAB, Host, Pair
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+GROUPS = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    **EXPERTS,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 16, "num_hidden_layers": 5},
     "qwen2": {},
     "qwen3_moe": {"head_dim": 16, "num_experts": 4, **EXPERTS},
-    "glm4_moe": {
-        "head_dim": 16,
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "use_qk_norm": True,
-        **EXPERTS,
+    "glm4_moe": {"head_dim": 16, "use_qk_norm": True, **GROUPS},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "rope_parameters": {  # on a CPU SGLang has no other kind
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": CONTEXT // 2,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+        **GROUPS,
+        "moe_intermediate_size": 64,  # two shards of 32
     },
 }
 EVEN = torch.arange(0, VOCAB, 2)
@@ -48,6 +65,7 @@ CASES = {
     "eagle3 reduced": (EAGLE3, "llama", EVEN),
     "mimo": (MIMO, "qwen2", None),
     "nextn": (NEXTN, "glm4_moe", None),
+    "nextn latent": (NEXTN, "deepseek_v3", None),
     "qwen_mtp": (QWEN_MTP, "qwen3_moe", None),
 }
 
@@ -215,3 +233,17 @@ def test_it_is_accepted_as_often_when_tokens_are_sampled(started: Any, sampled: 
         errors.append(float((each[:, 1] - rates[-1] * each[:, 0]).square().sum().sqrt()) / steps)
     assert rates[0] > 0.1
     assert abs(rates[0] - rates[1]) < 4.5 * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+
+
+def test_latent_attention_in_shards(start: Any, requests: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks: what is loaded together is whole on each, and each derives from its share of another matrix."""
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    pair = make_family(NEXTN, "deepseek_v3", None, requests)
+    host: Host = start("latent_sharded", pair, tp_size=2)
+    host.learn()
+    for each in (pair, pair.other(1)):
+        assert all(r.verified for r in host.push(each))
+        ours, theirs = each.embedded().generate(requests), host.generate(requests)
+        assert [c.tokens for c in theirs] == [c.tokens for c in ours]
+        assert counts(theirs) == counts(ours)
+    host.server.stop()

@@ -198,14 +198,84 @@ def test_only_tensors_with_more_than_copies_go_to_the_loader() -> None:
     assert torch.equal(model.inverse, -sent["out.weight"])
 
 
-def test_a_model_that_does_something_after_loading_gets_every_push() -> None:
-    """As SGLang's models do in `post_load_weights`, which may wait until a layer is whole."""
-    model = Served()
-    model.post_load_weights = lambda: None  # type: ignore[assignment]
-    placement, sent = learned(model), weights(1)
+class Fused(Served):
+    """Loads `a.weight` and `b.weight` in a row, once both have come in one call, as SGLang's DeepSeek-V3 does with
+    `q_a_proj` and `kv_a_proj_with_mqa`. `join` puts them in the row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = self._parameter(5, HIDDEN, dtype=torch.bfloat16)
+        self.join: Callable[[Tensor, Tensor], Tensor] = lambda a, b: torch.cat([a, b])
+
+    def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        named = list(named)
+        parts = {name: tensor for name, tensor in named if name in ("a.weight", "b.weight")}
+        super().load_weights((name, tensor) for name, tensor in named if name not in parts)
+        if len(parts) == 2:
+            self.fused.data.copy_(self.join(parts["a.weight"], parts["b.weight"]))
+
+
+PARTS = {"a.weight": (2, HIDDEN), "b.weight": (3, HIDDEN)}
+
+
+@pytest.mark.parametrize("dim", [0, -2])
+def test_tensors_that_are_only_loaded_together_have_their_own_places(dim: int) -> None:
+    model = Fused()
+    model.join = lambda a, b: torch.cat((a, b), dim)
+    shapes = {"a.weight": PARTS["a.weight"], **SHAPES, "b.weight": PARTS["b.weight"]}  # in any order
+    placement = Placement.learn(model, metas(shapes))
+    assert placement.faults == ()
+    sent = weights() | {name: torch.randn(shape).bfloat16() for name, shape in PARTS.items()}
     model.loads.clear()
-    assert push(placement, sent) == digests(sent.items())
-    assert [name for load in model.loads for name in load] == list(SHAPES)
+    for name in ("b.weight", *SHAPES, "a.weight"):  # each in a bucket of its own
+        placement.load([(name, sent[name])])
+    assert placement.digests() == digests(sent.items())
+    assert model.loads == []
+    assert torch.equal(model.fused, torch.cat([sent["a.weight"], sent["b.weight"]]))
+    flip_bit(model.fused.data[2:], 3)
+    assert [name for name, read in placement.digests().items() if read != digest(sent[name])] == ["b.weight"]
+
+
+def test_a_tensor_whose_partner_is_not_pushed() -> None:
+    assert Placement.learn(Fused(), metas({**SHAPES, "b.weight": PARTS["b.weight"]})).faults == (
+        "the engine has no place for tensor 'b.weight'",
+        "served tensor 'fused' is reached by no pushed tensor, or not in all its elements",
+    )
+
+
+@pytest.mark.parametrize(
+    ("join", "shape", "fault"),
+    [
+        (
+            lambda a, b: torch.cat([a, b]) * 2,
+            (3, HIDDEN),
+            "copies tensor 'b.weight' only together with others, and does",
+        ),
+        (
+            lambda a, b: torch.cat([a, b.flip(0)]),
+            (3, HIDDEN),
+            "copies tensor 'b.weight' only together with others, and",
+        ),
+        (lambda a, b: torch.cat([a, b.t()]), (HIDDEN, 3), "the engine changes tensor 'b.weight' as it loads it"),
+    ],
+    ids=["scaled", "turned over", "transposed"],
+)
+def test_tensors_that_are_changed_as_they_are_loaded_together(
+    join: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], fault: str
+) -> None:
+    model = Fused()
+    model.join = join
+    found = Placement.learn(model, metas({**SHAPES, "a.weight": PARTS["a.weight"], "b.weight": shape})).faults
+    assert any(fault in each for each in found), found
+
+
+def test_many_tensors_without_a_place_are_not_all_kept() -> None:
+    """They would be a second copy of the model."""
+    model = Fused()
+    names = {f"other.{i}": (HIDDEN,) for i in range(20)}
+    placement = Placement.learn(model, metas({"a.weight": PARTS["a.weight"], **names, **SHAPES}))
+    assert len([fault for fault in placement.faults if "has no place" in fault]) == 21
+    assert max(len(names) for names in model.loads) == 8
 
 
 def test_a_parameter_that_the_loader_passes_over_is_filled_by_its_name() -> None:
