@@ -1,10 +1,11 @@
 """How far does a fresh draft of each family get in five minutes on the model's own rollouts?
 
-    python benchmarks/draft_families.py [--model smollm2] [--families eagle eagle3] [--budget-s 300]
+    python benchmarks/draft_families.py [--model smollm2] [--drafts eagle eagle:8192 eagle3] [--budget-s 300]
 
-Each family is trained by the code of `miles-spec draft train`, its responses sampled from the model included in the
-time. Then it drafts in the embedded engine, for prompts that were held out, of the same tasks and of others, under both
-verify rules that sample: what is counted there stands beside what the trainer estimates for the same responses.
+A draft is named by its family and, behind a colon, the tokens that its vocabulary is reduced to. Each is trained by the
+code of `miles-spec draft train`, its responses sampled from the model included in the time. Then it drafts in the
+embedded engine, for prompts that were held out, of the same tasks and of others, under both verify rules that sample:
+what is counted there stands beside what the trainer estimates for the same responses.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main() -> None:
     """Trains, counts, prints and writes the result and its plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=models.SMOLLM2)
-    parser.add_argument("--families", nargs="+", default=["eagle", "eagle3"])
+    parser.add_argument("--drafts", nargs="+", default=["eagle", "eagle3"])
     parser.add_argument("--prompts", type=int, default=6144)
     parser.add_argument("--judged", type=int, default=192, help="prompts of each kind that are counted")
     parser.add_argument("--tokens", type=int, default=160)
@@ -59,16 +60,16 @@ def main() -> None:
     seconds = {}
     at = commit()
     with tempfile.TemporaryDirectory() as folder:
-        for family in options.families:
-            config = run_of(options, family, Path(folder) / family)
+        for draft in options.drafts:
+            config = run_of(options, draft, Path(folder) / draft)
             begun = time.perf_counter()
             draft_training.train(config)
-            seconds[family] = time.perf_counter() - begun
-            curves[family] = curve(Path(config.out) / "metrics.jsonl")
-            rows += judged(config, options.judged)
+            seconds[draft] = time.perf_counter() - begun
+            curves[draft] = curve(Path(config.out) / "metrics.jsonl")
+            rows += [{"draft": draft, **row} for row in judged(config, options.judged)]
             for row in rows[-2 * len(RULES) :]:
                 print(row)
-            # after each family, since a later one may not come to its end
+            # after each draft, since a later one may not come to its end
             write_result(
                 options.result,
                 "draft_families",
@@ -85,18 +86,19 @@ def main() -> None:
 def checks(rows: list[dict[str, Any]], seconds: dict[str, float], budget_s: float) -> list[dict[str, Any]]:
     """Whether training kept within its time, and estimates are what is counted."""
     found = [
-        check(f"{family}: seconds of training, sampling included", took, f"at most {budget_s:g}", took <= budget_s)
-        for family, took in seconds.items()
+        check(f"{draft}: seconds of training, sampling included", took, f"at most {budget_s:g}", took <= budget_s)
+        for draft, took in seconds.items()
     ]
     for row in rows:
         off = row["estimated"] / row["counted"] - 1
-        what = f"{row['family']}, {row['prompts']} tasks, {row['rule']}: estimated over counted accept length, less 1"
+        what = f"{row['draft']}, {row['prompts']} tasks, {row['rule']}: estimated over counted accept length, less 1"
         found.append(check(what, off, f"within {ESTIMATE_GOAL}", abs(off) <= ESTIMATE_GOAL))
     return found
 
 
-def run_of(options: argparse.Namespace, family: str, out: Path) -> RunConfig:
+def run_of(options: argparse.Namespace, draft: str, out: Path) -> RunConfig:
     """What `miles-spec draft train` is given."""
+    family, _, tokens = draft.partition(":")
     return RunConfig(
         out=str(out),
         seed=1,
@@ -114,7 +116,14 @@ def run_of(options: argparse.Namespace, family: str, out: Path) -> RunConfig:
             max_running=options.running,
             verify="target",
         ),
-        draft=DraftConfig(family=family, num_steps=3, lr=options.lr, loss="ramp", ramp_steps=options.steps),  # type: ignore[arg-type]
+        draft=DraftConfig(
+            family=family,  # type: ignore[arg-type]
+            vocab_size=int(tokens or 0),
+            num_steps=3,
+            lr=options.lr,
+            loss="ramp",
+            ramp_steps=options.steps,
+        ),
         offline=OfflineConfig(steps=options.steps, batch=options.batch, held_out=0.03),
         train=TrainConfig(token_budget=options.batch * 128),
     )
@@ -169,7 +178,6 @@ def judged(config: RunConfig, count: int) -> list[dict[str, Any]]:
             estimate = trainer.estimate_draft(batches).acceptance["cotrained"]
             rows.append(
                 {
-                    "family": draft.spec.family,
                     "prompts": kind,
                     "rule": rule,
                     "counted": counted.accept_length,
@@ -189,15 +197,15 @@ def judged(config: RunConfig, count: int) -> list[dict[str, Any]]:
 def plot(curves: dict[str, list[tuple[float, float]]], rows: list[dict[str, Any]], out: Path) -> None:
     """Accept length in training by seconds, and where it ended up."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for family, points in curves.items():
-        left.plot([s for s, _ in points], [a for _, a in points], label=family)
+    for draft, points in curves.items():
+        left.plot([s for s, _ in points], [a for _, a in points], label=draft)
     left.set(xlabel="seconds of training", ylabel="accept length, estimated, k = 3, rule target")
     left.legend()
-    groups = [(row["prompts"], row["rule"]) for row in rows if row["family"] == rows[0]["family"]]
+    groups = [(row["prompts"], row["rule"]) for row in rows if row["draft"] == rows[0]["draft"]]
     width = 0.8 / len(curves)
-    for i, family in enumerate(curves):
-        heights = [row["counted"] for row in rows if row["family"] == family]
-        right.bar([g + i * width for g in range(len(groups))], heights, width, label=family)
+    for i, draft in enumerate(curves):
+        heights = [row["counted"] for row in rows if row["draft"] == draft]
+        right.bar([g + i * width for g in range(len(groups))], heights, width, label=draft)
     right.set_xticks(
         [g + 0.4 - width / 2 for g in range(len(groups))], [f"{kind} tasks,\n{rule}" for kind, rule in groups]
     )
