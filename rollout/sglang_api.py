@@ -2,7 +2,7 @@
 
 Invariant: what a server does not say is an error that names it, never a guess.
 
-Read in SGLang 0.5.17 and 0.5.21:
+Read in SGLang 0.5.17 and in 0.5.21 to 0.5.23:
 
 - With both keys set, generation, `/model_info` and `/openapi.json` want the API key, and whatever changes a server
   (weights, memory, cache, pause, abort) wants the admin key; `/health` wants none. `/server_info` wants the API key,
@@ -168,9 +168,11 @@ def check_served(features: Features) -> None:
     info, name = features.info, f"SGLang {features.version}"
     if LOADER not in (info.get("custom_weight_loader") or ()):
         raise RunError(f"this server cannot take our weights; start it with --custom-weight-loader {LOADER}")
-    for key in ("dp_size", "pp_size"):
+    for key in ("dp_size", "attn_dp_size", "pp_size"):  # 0.5.22 moved attention's data parallelism out of the first
         if info.get(key, 1) != 1:
             raise RunError(f"this server has {key} {info[key]}, and weights can only be pushed where it is 1")
+    if info.get("enable_watermark"):
+        raise RunError("this server changes what is sampled (enable_watermark); start it without")
     if not features.depth:
         return
     if info["speculative_algorithm"] not in ("EAGLE", "EAGLE3"):

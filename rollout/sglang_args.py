@@ -51,6 +51,7 @@ _OURS = {
     "speculative_num_steps": "draft.num_steps sets it",
     "speculative_num_draft_tokens": "draft.num_steps sets it",
     "speculative_use_rejection_sampling": 'rollout.verify = "rejection" sets it',
+    "speculative_use_block_verification": "rollout.verify says how drafted tokens are verified",
     "speculative_token_map": "draft.vocab_size sets it",
     "speculative_adaptive": "it changes the depth while it runs; draft.num_steps sets it",
     "speculative_adaptive_config": "it changes the depth while it runs; draft.num_steps sets it",
@@ -60,6 +61,8 @@ _OURS = {
     "skip_tokenizer_init": "responses would come without text, and stop strings would not stop",
     "preferred_sampling_params": "[rollout] says how to sample",
     "allow_auto_truncate": "it would cut prompts in silence",
+    "enable_watermark": "it changes which tokens are sampled, so they would not be the policy's",
+    "watermark_config": "it changes which tokens are sampled, so they would not be the policy's",
     "trust_remote_code": "code from a model's folder is never run",
 }
 _ONLY_ONE = {
@@ -68,6 +71,8 @@ _ONLY_ONE = {
     "speculative_accept_threshold_acc": "below 1 it accepts tokens that the policy would not have sampled",
     "dp_size": "more engines come from fleet.engines",
     "data_parallel_size": "more engines come from fleet.engines",
+    "attn_dp_size": "more engines come from fleet.engines",
+    "attention_data_parallel_size": "more engines come from fleet.engines",
     "pp_size": "weights cannot be pushed into a pipeline",
     "pipeline_parallel_size": "weights cannot be pushed into a pipeline",
     "nnodes": "a server must fit on one node",

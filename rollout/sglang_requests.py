@@ -3,12 +3,12 @@
 Invariant: an answer becomes a completion only if it has everything that training needs and does not contradict itself;
 a missing key is an error that names it.
 
-Read in SGLang 0.5.17 and 0.5.21:
+Read in SGLang 0.5.17 and in 0.5.21 to 0.5.23:
 
 - `output_token_logprobs` are log-softmax of the logits over the temperature, before top-k and top-p, both on the plain
-  path (`layers/sampler.py`) and on the speculative one (`compute_spec_v2_logprobs`); at temperature 0 they are those at
-  temperature 1. That is what `Completion.logprobs` asks for, so nothing is corrected. The environment variable
-  SGLANG_RETURN_ORIGINAL_LOGPROB changes both; `sglang_args.check` refuses it.
+  path (`layers/sampler.py`) and on the speculative one (`compute_spec_logprobs`, in 0.5.17 `compute_spec_v2_logprobs`);
+  at temperature 0 they are those at temperature 1. That is what `Completion.logprobs` asks for, so nothing is
+  corrected. The environment variable SGLANG_RETURN_ORIGINAL_LOGPROB changes both; `sglang_args.check` refuses it.
 - The counters stand in `meta_info` only of a request that took part in a verify step.
   `spec_correct_drafts_histogram[i]` is the number of verify steps with `i` accepted drafts; like
   `spec_num_correct_drafts` it includes drafts that were cut off behind the response's end, see `counts`.
@@ -81,7 +81,7 @@ def completion(
         if key not in source:
             raise RunError(
                 f"the answer of SGLang {version} to request {request.id!r} has no {key!r}; "
-                "it cannot be trained on, so use a version whose answers have it (0.5.17 and 0.5.21 are known to)"
+                "it cannot be trained on, so use a version whose answers have it (0.5.17 and 0.5.21 to 0.5.23 do)"
             )
         return source[key]
 

@@ -38,6 +38,8 @@ def test_features_are_what_the_server_says(version: str, selector: bool) -> None
         ({"version": "0.5.16"}, "0.5.16.*0.5.17 is the oldest"),
         ({"info": {"custom_weight_loader": []}}, "--custom-weight-loader miles_spec.sync.loader.load"),
         ({"info": {"dp_size": 2}}, "dp_size 2"),
+        ({"info": {"attn_dp_size": 2}}, "attn_dp_size 2"),
+        ({"info": {"enable_watermark": True}}, "enable_watermark"),
         ({"info": {"speculative_algorithm": "NGRAM"}}, "NGRAM"),
         ({"info": {"speculative_eagle_topk": 4}}, "speculative_eagle_topk 4 and must have 1"),
         ({"info": {"speculative_num_draft_tokens": 9}}, "speculative_num_draft_tokens 9"),
