@@ -38,8 +38,10 @@ SETTINGS = ("--train.token-budget", "512", "--draft.updates", "6", "--draft.lr",
 REQUESTS = 48
 FASTER = 1.25
 """Tokens per second, co-trained over frozen."""
-KEPT = ("step", "reward_mean", "entropy", "accept_length", "accept_length_cotrained", "accept_length_frozen")
-KEPT += ("tokens_per_s", "net_speedup")
+DRAFTS = ("cotrained", "frozen")
+COUNTS = tuple(f"{count}_{draft}" for draft in DRAFTS for count in ("accepted_tokens", "verify_steps"))
+"""What a run estimates of each draft."""
+KEPT = ("step", "reward_mean", "entropy", "accept_length", "tokens_per_s", "net_speedup", *COUNTS)
 
 
 def main() -> None:
@@ -67,10 +69,12 @@ def main() -> None:
         steps = [{name: line.get(name) for name in KEPT} for line in lines if "step" in line]
         for row in steps:
             print(row)
+        more = {"general": options.general, "settings": settings, "by_step": steps, "commit": at}
+        result = options.results / f"{options.name}.json"
+        write_result(result, options.name, [], checks([], steps), left_out=["tokens/s: not timed yet"], **more)
         timed = bench.rollout(load(out / "config.toml"), None, batches=options.batches, requests=REQUESTS)
-    more = {"steps": options.steps, "general": options.general, "settings": settings, "by_step": steps}
     rows = [asdict(row) for row in timed]
-    write_result(options.results / f"{options.name}.json", options.name, rows, checks(rows), commit=at, **more)
+    write_result(result, options.name, rows, checks(rows, steps), **more)
 
 
 def general(config: RunConfig, folder: Path, steps: int) -> Path:
@@ -96,9 +100,16 @@ def general(config: RunConfig, folder: Path, steps: int) -> Path:
     return folder / "general" / "draft"
 
 
-def checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every batch size; all is counted, nothing estimated."""
+def checks(rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the run estimated of both drafts as it went, and of every batch size what was timed and counted."""
     found = []
+    for what, part in (("all steps", steps), ("last fifth", steps[-max(1, len(steps) // 5) :])):
+        co, frozen = (
+            1 + sum(row[f"accepted_tokens_{draft}"] for row in part) / sum(row[f"verify_steps_{draft}"] for row in part)
+            for draft in DRAFTS
+        )
+        what = f"accept length, estimated, co-trained over frozen, {what}"
+        found.append(check(what, co / frozen, f"at least {FASTER:g}", co / frozen >= FASTER))
     speed = {(row["mode"], row["batch"]): row["tokens_per_s"] for row in rows}
     for batch in sorted({row["batch"] for row in rows}):
         ratio = speed["cotrained", batch] / speed["frozen", batch]

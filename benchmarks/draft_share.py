@@ -1,10 +1,12 @@
-"""What does a draft lose that learns from a part of the micro-batches, and what do more updates gain?
+"""What does a draft lose that learns from a part of the micro-batches or drafts over a part of the vocabulary, and what
+do more updates gain?
 
     python benchmarks/draft_share.py                                      # the cases of the docs
-    python benchmarks/draft_share.py --cases 1,1 0.5,4 --steps 24 ...     # some, with settings on top
+    python benchmarks/draft_share.py --cases 1,1,0 0.5,4,4096 --steps 24 ...   # some, with settings on top
 
-The quickstart's run file with small micro-batches, once for each pair of `draft.share` and `draft.updates`, one process
-after the other. Policy and responses are the same in all: neither depends on the draft, but where two tokens tie.
+The quickstart's run file with small micro-batches, once for each `draft.share`, `draft.updates` and `draft.vocab_size`
+(0: the whole of 49152 tokens), one process after the other. Policy and responses are the same in all: neither depends
+on the draft, but where two tokens tie.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ RUN_FILE = ROOT / "examples" / "quickstart.toml"
 RESULT = ROOT / "benchmarks" / "results" / "draft_share.json"
 SETTINGS = ("--train.token-budget", "384")
 """About eight micro-batches a step."""
-CASES = ("1,1", "1,8", "0.5,4", "0.25,2")
+CASES = ("1,1,0", "1,1,4096", "1,8,4096", "0.5,4,4096", "0.25,2,4096")
 SHARE, LOSS = 0.05, 0.02
 """The most that the draft takes of a training step, and of the accept length that a case loses beside the first."""
 
@@ -33,18 +35,21 @@ SHARE, LOSS = 0.05, 0.02
 def main() -> None:
     """Runs, prints and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=CASES, metavar="SHARE,UPDATES")
+    parser.add_argument("--cases", nargs="+", default=CASES, metavar="SHARE,UPDATES,VOCAB")
+    parser.add_argument("--result", type=Path, default=RESULT)
     options, settings = parser.parse_known_args()
     at, rows = commit(), []
     for case in options.cases:
-        share, updates = case.split(",")
+        share, updates, vocab = case.split(",")
         with tempfile.TemporaryDirectory() as folder:
-            own = ["--draft.share", share, "--draft.updates", updates, "--out", str(Path(folder) / "run")]
+            own = ["--draft.share", share, "--draft.updates", updates, "--draft.vocab-size", vocab]
+            own += ["--out", str(Path(folder) / "run")]
             subprocess.run([*COMMAND, "train", str(RUN_FILE), *SETTINGS, *settings, *own], check=True, cwd=ROOT)
-            rows.append({"share": float(share), "updates": int(updates), **measured(Path(folder) / "run")})
+            row = {"share": float(share), "updates": int(updates), "vocab_size": int(vocab)}
+            rows.append(row | measured(Path(folder) / "run"))
             shutil.rmtree(Path(folder) / "run")
         print(rows[-1], flush=True)
-        write_result(RESULT, "draft_share", rows, checks(rows), settings=[*SETTINGS, *settings], commit=at)
+        write_result(options.result, "draft_share", rows, checks(rows), settings=[*SETTINGS, *settings], commit=at)
 
 
 def measured(out: Path) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _said(row: dict[str, Any]) -> str:
-    return f"draft.share {row['share']:g}, draft.updates {row['updates']}"
+    return f"draft.share {row['share']:g}, draft.updates {row['updates']}, draft.vocab_size {row['vocab_size']}"
 
 
 if __name__ == "__main__":

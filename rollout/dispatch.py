@@ -47,7 +47,7 @@ class Server(Member, Protocol):
         ...
 
     def explain(self) -> None:
-        """Has it leave behind what shows where it hangs, if it is ours and does."""
+        """Has it leave behind what shows how it ended or where it hangs, if it is ours."""
         ...
 
     def release(self) -> None:

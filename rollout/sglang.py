@@ -35,6 +35,8 @@ CONTROL_S = 120.0
 """For a control call such as a flush or the release of memory."""
 FLUSH_S = 30.0
 """For requests that were given up to end, before a flush that cannot happen is an error."""
+LAST_LINES = 8
+"""Of the log of a server that ended, for the run's own."""
 WARM_UP_TOKENS = 8
 """Of each response that a server gives before it counts as up."""
 
@@ -159,9 +161,15 @@ class SGLangServer:
         return self.joined or (process is not None and process.status() is None)
 
     def explain(self) -> None:
-        """Before a server of ours that does not answer is restarted: has its log say where it stands."""
+        """Before a server of ours that is dead is restarted: how it ended, or, of one that does not answer, has its log
+        say where it stands."""
         process = self._process
-        if process is not None and process.status() is None and process.dump_stacks():
+        if process is None:
+            return
+        if (status := process.status()) is not None:
+            ended = f"ended with status {status}; the end of {process.log}"
+            log.warning("server %r %s:\n%s", self.name, ended, process.last_lines(LAST_LINES))
+        elif process.dump_stacks():
             log.warning(
                 "server %r: where its threads stand is at the end of %s, which a new start renames to %s.before",
                 self.name,

@@ -115,6 +115,20 @@ def test_a_killed_server_is_noticed_and_starts_again_without_weights(started: Ca
     assert server.alive() and server.versions()["target"] == -1
 
 
+def test_a_server_that_ended_says_how(started: Callable[..., SGLangServer], caplog: pytest.LogCaptureFixture) -> None:
+    server = started()
+    server.start()
+    assert server._process is not None
+    with server._process.log.open("a") as log:
+        log.write("an illegal memory access\n")
+    os.kill(server._process.pid, signal.SIGKILL)
+    until_s = time.monotonic() + 5
+    while server.alive() and time.monotonic() < until_s:
+        time.sleep(0.01)
+    server.explain()
+    assert "ended with status -9" in caplog.text and "an illegal memory access" in caplog.text
+
+
 def test_another_depth_is_a_restart_without_weights(started: Callable[..., SGLangServer]) -> None:
     server = started()
     server.start()
