@@ -36,7 +36,7 @@ class Teacher:
     """What the draft is given of a micro-batch: its rows and, detached, what the policy's forward over it leaves."""
 
     rows: DraftRows
-
+    """Those of the batch, of the draft's depth."""
     hidden: Tensor
     """`[T, H]` after the final norm, in the dtype of forward passes."""
     states: Tensor

@@ -266,6 +266,23 @@ def test_every_parameter_of_a_draft_learns(spec: DraftSpec, dtype: torch.dtype) 
     assert all(g.any() for g in gradients(subject.draft.draft).values())
 
 
+@pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
+def test_all_of_a_draft_computes_in_the_dtype_of_forwards(spec: DraftSpec) -> None:
+    subject = trainer(config(), family="qwen2", spec=spec, dtype=torch.bfloat16)
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def note(name: str, out: Any) -> None:
+        parts = out if isinstance(out, tuple) else (out,)
+        seen.setdefault(name, set()).update(x.dtype for x in parts if isinstance(x, Tensor))
+
+    for name, module in subject.draft.draft.named_modules():
+        module.register_forward_hook(lambda _, __, out, name=name: note(name, out))
+    subject.step(batches())
+    assert any("norm" in name for name in seen) and any("mlp" in name for name in seen)
+    assert {dtype for dtypes in seen.values() for dtype in dtypes} == {torch.bfloat16}
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in subject.draft.draft.parameters())
+
+
 @pytest.mark.parametrize("loss", ["ce", "kl", "tv", "ramp"])
 def test_draft_gradient_is_the_objective_over_the_rows_of_all_micro_batches(loss: str) -> None:
     subject = trainer(config(draft={"loss": loss}))
