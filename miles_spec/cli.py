@@ -197,11 +197,35 @@ def _quickstart(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
     main()
 
 
-def _sizes(text: str) -> list[int]:
-    try:
-        return [int(size) for size in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between them") from None
+def _listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Reads values with commas between them."""
+
+    def read(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between them") from None
+
+    return read
+
+
+class _Flat(argparse.Action):
+    """Several lists, as `nargs` and `_listed` make them, as one."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, [value for part in values for value in part])
+
+
+def _add_list(
+    parser: argparse.ArgumentParser,
+    name: str,
+    kind: Callable[[str], Any],
+    default: Sequence[Any],
+    metavar: str,
+    about: str,
+) -> None:
+    """An option with one value or more, with spaces or commas between them."""
+    parser.add_argument(name, type=_listed(kind), nargs="+", action=_Flat, default=default, metavar=metavar, help=about)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -235,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     rollout.add_argument("--json", type=Path, metavar="PATH", help="write the result there too")
     rollout.add_argument("--engine", choices=("embedded", "sglang"), help="in place of the run file's")
     rollout.add_argument(
-        "--batches", type=_sizes, default=(), metavar="SIZES", help="requests at a time, with commas between them"
+        "--batches", type=_listed(int), default=(), metavar="SIZES", help="requests at a time, with commas between them"
     )
     rollout.add_argument("--turns", type=int, default=3, metavar="N", help="of each, of which the median counts")
     kernels = _add(
@@ -248,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--json", type=Path, metavar="PATH", help="write the result there too")
     kernels.add_argument(
         "--only",
-        type=lambda names: names.split(","),
+        type=_listed(str),
         default=(),
         metavar="KERNELS",
         help="of draft_loss, shift, logprob and attention, with commas between them; all if left out",
@@ -261,20 +285,10 @@ def _parser() -> argparse.ArgumentParser:
         "bandwidth of the way they take and against SGLang's own call, in minutes. One server for each size.",
     )
     sync.add_argument("--json", type=Path, metavar="PATH", help="write the result there too")
-    sync.add_argument(
-        "--sizes",
-        type=lambda sizes: [float(size) for size in sizes.split(",")],
-        default=(0.1e9, 1e9, 3e9),
-        metavar="SIZES",
-        help="parameters of the targets, about, with commas between them; 0.1e9,1e9,3e9 if left out",
-    )
-    sync.add_argument(
-        "--transports",
-        type=lambda names: names.split(","),
-        default=("ipc", "nccl", "disk"),
-        metavar="NAMES",
-        help="of ipc, nccl (gloo without a GPU) and disk, with commas between them; all if left out",
-    )
+    sizes = "parameters of the targets, about; 0.1e9, 1e9 and 3e9 if left out"
+    _add_list(sync, "--sizes", float, (0.1e9, 1e9, 3e9), "N", sizes)
+    ways = ("ipc", "nccl", "disk")
+    _add_list(sync, "--transports", str, ways, "NAME", "of ipc, nccl (gloo without a GPU) and disk; all if left out")
     sync.add_argument("--budget-s", type=float, default=540.0, metavar="N", help="what would last longer is left out")
     sync.add_argument(
         "--launch", type=shlex.split, default=(), metavar="COMMAND", help="starts a server, as fleet.launch does"
@@ -296,28 +310,14 @@ def _parser() -> argparse.ArgumentParser:
         "starts it on several GPUs.",
     )
     training.add_argument("--json", type=Path, metavar="PATH", help="write the result there too")
-    training.add_argument("--backends", nargs="+", default=("torch",), metavar="NAME", help="torch, megatron or both")
-    for name, default, about in (
-        ("--depths", (1,), "of the draft; 1 if left out"),
-        ("--tokens", (8192, 32768), "of a micro-batch; 8192 and 32768 if left out"),
+    for name, kind, default, metavar, about in (
+        ("--backends", str, ("torch",), "NAME", "torch, megatron or both"),
+        ("--depths", int, (1,), "N", "of the draft; 1 if left out"),
+        ("--tokens", int, (8192, 32768), "N", "of a micro-batch; 8192 and 32768 if left out"),
+        ("--shares", float, (1.0,), "X", "of a step's micro-batches that the draft learns from; 1 if left out"),
+        ("--draft-vocabs", int, (), "N", "tokens that a draft is over, beside the whole vocabulary"),
     ):
-        training.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=about)
-    training.add_argument(
-        "--shares",
-        type=float,
-        nargs="+",
-        default=(1.0,),
-        metavar="X",
-        help="of a step's micro-batches that the draft learns from, as draft.share; 1 if left out",
-    )
-    training.add_argument(
-        "--draft-vocabs",
-        type=int,
-        nargs="+",
-        default=(),
-        metavar="N",
-        help="tokens that a draft is over, as draft.vocab_size, beside the whole vocabulary",
-    )
+        _add_list(training, name, kind, default, metavar, about)
     for name, number, about in (
         ("--hidden", 2048, "width of the policy, which is Qwen3-1.7B's shape if all of it is left out"),
         ("--layers", 28, "of the policy"),

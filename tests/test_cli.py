@@ -116,6 +116,7 @@ SYNC = {
     [
         ([], None, {}),
         (["--json", "s.json", "--sizes", "0.1e9,2e6"], Path("s.json"), {"sizes": [1e8, 2e6]}),
+        (["--sizes", "0.1e9", "2e6,1e9"], None, {"sizes": [1e8, 2e6, 1e9]}),
         (["--transports", "disk,ipc", "--budget-s", "60"], None, {"transports": ["disk", "ipc"], "budget_s": 60.0}),
         (["--launch", "python 'a b.py'"], None, {"launch": ["python", "a b.py"]}),
         (
@@ -124,7 +125,7 @@ SYNC = {
             {"settings": {"attention_backend": "triton", "tp_size": 2, "release": True, "x": "a=b"}},
         ),
     ],
-    ids=["plain", "sizes", "transports", "launch", "settings"],
+    ids=["plain", "sizes", "sizes with spaces", "transports", "launch", "settings"],
 )
 def test_bench_sync(arguments: list[str], path: Path | None, given: dict[str, object], calls: list[object]) -> None:
     assert main(["bench", "sync", *arguments]) == 0
