@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from miles_spec.rollout.sglang_api import Api, Features, Keys, check_served, json_object
+from miles_spec.rollout.sglang_api import Api, Features, Keys, check_rule, check_served, json_object
 from miles_spec.rollout.sglang_args import ServerSettings, arguments, installed, refuse_greedy
 from miles_spec.rollout.sglang_process import ServerProcess, environment, start_server
 from miles_spec.rollout.sglang_requests import completion, context_room, payload, post
@@ -120,6 +120,7 @@ class SGLangServer:
             check_served(features)
             if self.joined and features.depth:  # the launch command of one of ours was asked before
                 refuse_greedy(self.settings.rule, [features.device])
+                check_rule(features, self.settings.rule)
             if not self.joined and features.depth != self.draft_depth:
                 raise RunError(
                     f"it was told to draft {self.draft_depth} tokens and says that it drafts {features.depth}"

@@ -24,7 +24,7 @@ from typing import Any
 
 from miles_spec.rollout.launch import ADMIN_KEY, API_KEY
 from miles_spec.rollout.sglang_args import LOADER, OLDEST, version_of
-from miles_spec.types import RunError
+from miles_spec.types import RunError, VerifyRule
 
 # a proxy from the environment must not see the keys, and knows no loopback address
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -192,6 +192,20 @@ def check_served(features: Features) -> None:
             raise RunError(
                 f"this server has {key} {info[key]} and must have {need:g}, or it is not exact or not counted"
             )
+
+
+def check_rule(features: Features, rule: VerifyRule) -> None:
+    """Raises `RunError` if a server that drafts accepts drafts by another rule than the run's, which the draft is
+    trained for and its acceptance estimated by. At temperature 0 all rules are one."""
+    if features.info.get("speculative_use_block_verification"):
+        raise RunError("this server verifies whole blocks (speculative_use_block_verification); start it without")
+    theirs = "rejection" if features.info.get("speculative_use_rejection_sampling") else "target"
+    if rule not in ("greedy", theirs):
+        raise RunError(
+            f'this server verifies drafts by the rule "{theirs}" and was not started by this run: set rollout.verify '
+            f'to "{theirs}", or start it {"with" if rule == "rejection" else "without"} '
+            "--speculative-use-rejection-sampling"
+        )
 
 
 def json_object(text: str, what: str) -> dict[str, Any]:

@@ -202,6 +202,21 @@ def test_a_joined_server_that_would_verify_greedily_is_refused(fake: FakeSGLang)
     joined(fake)
 
 
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("speculative_use_rejection_sampling", 'set rollout.verify to "rejection", or start it without'),
+        ("speculative_use_block_verification", "verifies whole blocks"),
+    ],
+)
+def test_a_joined_server_that_verifies_by_another_rule_is_refused(fake: FakeSGLang, key: str, says: str) -> None:
+    fake.info[key] = True
+    with pytest.raises(RunError, match=says):
+        joined(fake)
+    fake.depth = 0
+    joined(fake)
+
+
 def test_a_wrong_key_is_refused(fake: FakeSGLang) -> None:
     with pytest.raises(RunError, match="refuses the key"):
         SGLangServer(name="e0", settings=SETTINGS, keys=Keys(api="no", admin="no"), join=fake.url).start()
