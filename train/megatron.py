@@ -44,7 +44,7 @@ from miles_spec.train.megatron_model import build, initialize
 from miles_spec.train.megatron_optimizer import STATES, PolicyOptimizer
 from miles_spec.train.megatron_ranks import MegatronRanks
 from miles_spec.train.memory import GRADIENTS, Memory, Sleeper, guarded, held_by
-from miles_spec.train.packing import divide, shuffled
+from miles_spec.train.packing import divide
 from miles_spec.train.tally import Tally
 from miles_spec.types import LossTerms, PackedBatch, Role, SpecEstimate
 
@@ -415,8 +415,6 @@ class MegatronTrainer(Sleeper):
         stage with the hidden states `[R, H]` of each and what the draft reads, and returns what a loss function of
         Megatron's does. From those that `teach` names, in the order of the schedule, the draft is to learn there."""
         parts = self._parts(batches, every=every)
-        if train:
-            parts = shuffled(parts, self.config, self.version)
         if (draft := self.draft) is not None:
             parts = [
                 replace(part, taught=draft.rows(part.batch)) if i in teach else part for i, part in enumerate(parts)

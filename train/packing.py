@@ -8,20 +8,18 @@ Dimensions: `T` tokens of a micro-batch.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from heapq import heapreplace
 from itertools import pairwise
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 
-from miles_spec.config import RunConfig
 from miles_spec.kernels.layout import PackedLayout
 from miles_spec.types import PackedBatch, Sample
 
 Aggregation = Literal["sequence", "token", "constant"]
-T = TypeVar("T")
 
 
 def pack(
@@ -38,8 +36,9 @@ def pack(
 
     Samples go to minibatches whole and in order, as evenly as they divide; there are fewer minibatches than asked for
     if there are fewer samples. A sample's prompt and response form one segment. A micro-batch holds at most
-    `token_budget` tokens, but a longer sample travels alone. A sample without response tokens counts as a sample of
-    its minibatch and adds nothing else.
+    `token_budget` tokens, but a longer sample travels alone, behind the others; the others are of like size and of
+    samples of all lengths, so that each stands for the minibatch. A sample without response tokens counts as one of its
+    minibatch and adds nothing else.
 
     `aggregation` sets the weight of a response token; `N` is the number of samples of its minibatch:
 
@@ -60,7 +59,7 @@ def pack(
     for start, end in pairwise(bounds):
         part = scored[start:end]
         weight = _token_weight([s for s, _ in part], aggregation, max_new_tokens)
-        bins = _first_fit([_length(s) for s, _ in part], token_budget)
+        bins = _bins([_length(s) for s, _ in part], token_budget)
         out.append([_batch([part[i] for i in members], weight, device) for members in bins])
     return out
 
@@ -76,19 +75,8 @@ def repack(batches: Sequence[PackedBatch], token_budget: int) -> list[PackedBatc
             layout=PackedLayout.make([lengths[i] for i in members], batches[0].tokens.device),
             **{name: torch.cat([parts[name][i] for i in members]) for name in names},
         )
-        for members in _first_fit(lengths, token_budget)
+        for members in _bins(lengths, token_budget)
     ]
-
-
-def shuffled(parts: Sequence[T], config: RunConfig, version: int) -> list[T]:
-    """A rank's micro-batches of a step, with `draft.updates` above 1 in an order that depends on the seed, their number
-    and the policy's `version` alone: `pack` puts the longest samples first, and acceptance is estimated on the first.
-
-    Whether there is a draft plays no part, so that the policy's sums are the same with and without.
-    """
-    if config.draft.updates == 1:
-        return list(parts)
-    return random.Random(f"{config.seed}/{version}").sample(list(parts), len(parts))
 
 
 def divide(batches: Sequence[PackedBatch], ranks: int) -> list[list[PackedBatch]]:
@@ -138,18 +126,27 @@ def _token_weight(samples: Sequence[Sample], aggregation: Aggregation, max_new_t
     return lambda length: 1 / total
 
 
-def _first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices per bin: longest first, each into the first bin that has room (first-fit decreasing)."""
-    bins: list[list[int]] = []
-    free: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        slot = next((b for b, room in enumerate(free) if lengths[i] <= room), None)
-        if slot is None:
-            bins.append([i])
-            free.append(budget - lengths[i])
-        else:
-            bins[slot].append(i)
-            free[slot] -= lengths[i]
+def _bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices per bin, in as few bins as will do: longest first, each to the bin with the fewest tokens, so that bins
+    are of like size and each has samples of all lengths. Longer ones than the budget come last, alone."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    alone = [[i] for i in order if lengths[i] > budget]
+    rest = order[len(alone) :]
+    fewest = -(-sum(lengths[i] for i in rest) // budget)
+    filled = (_fill(rest, lengths, budget, count) for count in range(fewest, len(rest) + 1))
+    return [*next(bins for bins in filled if bins is not None), *alone]
+
+
+def _fill(order: Sequence[int], lengths: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
+    """`count` bins of all in `order`; None if one would overflow."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    room = [(0, number) for number in range(count)]  # a heap of tokens and bins
+    for i in order:
+        tokens, number = room[0]
+        if tokens + lengths[i] > budget:
+            return None
+        heapreplace(room, (tokens + lengths[i], number))
+        bins[number].append(i)
     return bins
 
 

@@ -47,7 +47,7 @@ from miles_spec.train.draft_trainer import (
 from miles_spec.train.losses import packed_loss
 from miles_spec.train.memory import GRADIENTS, Memory, Sleeper, guarded, held_by
 from miles_spec.train.optimizer import AdamW
-from miles_spec.train.packing import divide, shuffled
+from miles_spec.train.packing import divide
 from miles_spec.train.tally import Tally
 from miles_spec.types import LossTerms, PackedBatch, Role
 
@@ -132,7 +132,7 @@ class TorchTrainer(Sleeper):
         """
         assert self.optimizer is not None, "this trainer trains no policy"
         train = self.config.train
-        sampled = shuffled(list(self._sampled(batches)), self.config, self.version)
+        sampled = list(self._sampled(batches))
         draft, rows = None, dict[int, DraftRows]()
         if self.draft is not None:
             chosen = self.draft.choose(len(sampled))

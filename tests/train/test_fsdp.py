@@ -21,7 +21,7 @@ from miles_spec.draft.objective import objective
 from miles_spec.draft.spec import EAGLE, EAGLE3
 from miles_spec.models import trunk
 from miles_spec.train import draft_trainer, fsdp
-from miles_spec.train.packing import divide, pack, shuffled
+from miles_spec.train.packing import divide, pack
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import LossTerms, PackedBatch
 from oracles.samples import random_samples
@@ -325,7 +325,7 @@ def _updated(group: dist.ProcessGroup) -> None:
     micro = packs(budget=1)
     [subject, alone] = [trainer(config({"updates": n, "lr": 1e-3}, kl_coef=0.0), g) for n, g in ((2, group), (1, None))]
     # of three each, one without a sampled token
-    shares = [shuffled(share, subject.config, 0) for share in divide(micro, 2)]
+    shares = divide(micro, 2)
     expected = [
         alone.train_draft([pack for share in shares for pack in share[start:end]]) for start, end in ((0, 1), (1, 3))
     ]

@@ -234,7 +234,7 @@ def test_it_says_where_and_what_to_do() -> None:
     with out_of_memory(subject, "_forward", 2), pytest.raises(TrainingMemoryError) as error:
         subject.step(packs())
     assert str(error.value) == (
-        "out of memory in the policy's forward, with a micro-batch of 14 tokens: the trainer holds 0.00 GiB weights, "
+        "out of memory in the policy's forward, with a micro-batch of 15 tokens: the trainer holds 0.00 GiB weights, "
         "0.00 GiB optimizer, 0.00 GiB draft, 0.00 GiB gradients; lower train.token_budget (77), or set "
         "train.gradient_checkpointing, or train on more ranks (train.ranks, now 1)"
     )

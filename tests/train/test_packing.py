@@ -63,12 +63,15 @@ def test_every_sample_once_within_budget_and_weighted_by_the_rule(
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_first_fit_on_sorted_lengths_is_deterministic() -> None:
+def test_packs_are_of_like_size_and_of_all_lengths() -> None:
     samples = random_samples([(1, 2), (1, 6), (1, 4), (1, 3), (1, 19)])
     runs = [pack(samples, [1.0] * 5, **{**DEFAULTS, "token_budget": 10}) for _ in range(2)]
-    assert [[b.layout.lengths for b in part] for part in runs[0]] == [[(20,), (7, 3), (5, 4)]]
+    assert [[b.layout.lengths for b in part] for part in runs[0]] == [[(7, 3), (5, 4), (20,)]]
     for a, b in zip(*(r[0] for r in runs), strict=True):
         assert torch.equal(a.tokens, b.tokens)
+    [packs] = pack(random_samples([(1, n) for n in range(4, 20)]), [1.0] * 16, **{**DEFAULTS, "token_budget": 55})
+    sizes, means = zip(*((b.layout.tokens, b.layout.tokens / len(b.layout.lengths)) for b in packs), strict=True)
+    assert len(packs) == 4 and max(sizes) - min(sizes) <= 2 and max(means) - min(means) < 2
 
 
 def test_only_empty_responses_weigh_nothing() -> None:
