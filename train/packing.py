@@ -83,8 +83,11 @@ def divide(batches: Sequence[PackedBatch], ranks: int) -> list[list[PackedBatch]
     """The micro-batches of each of `ranks` data-parallel ranks, as many for all, since all take part in each one's
     collectives: where packs run out, idle ones of two tokens stand in, which no loss sees.
 
-    By length, the longest first, to the rank with the fewest packs and then the fewest tokens. The same on all ranks.
+    By length, the longest first, to the rank with the fewest packs and then the fewest tokens; one rank has them in
+    their order. The same on all ranks.
     """
+    if ranks == 1:
+        return [list(batches)]
     shares: list[list[PackedBatch]] = [[] for _ in range(ranks)]
     order = sorted(range(len(batches)), key=lambda i: (-len(batches[i].tokens), i))
     for i in order:

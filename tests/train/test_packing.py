@@ -112,6 +112,7 @@ def test_ranks_share_the_packs_and_idle_ones_count_for_nothing(
 def test_ranks_get_packs_of_like_size() -> None:
     samples = random_samples([(1, n) for n in (9, 8, 7, 6, 5, 4)])
     [batches] = pack(samples, [1.0] * 6, **{**DEFAULTS, "token_budget": 1})
+    assert divide(batches[::-1], 1) == [batches[::-1]]
     for order in (batches, batches[::-1]):
         assert [[b.layout.tokens for b in share] for share in divide(order, 2)] == [[10, 7, 6], [9, 8, 5]]
 
