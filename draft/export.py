@@ -37,7 +37,7 @@ ARCHITECTURES = {
     ("mimo", "qwen2"): "MiMoMTP",
     ("qwen_mtp", "qwen3_moe"): "Qwen3MoeForCausalLMMTP",
 }
-"""Family and model type of the draft's layer to the class in SGLang (0.5.17 to 0.5.21) that serves it.
+"""Family and model type of the draft's layer to the class in SGLang (0.5.17 to 0.5.23) that serves it.
 
 SGLang runs Mistral as Llama. Its `MistralForCausalLMEagle` and `Ernie4_5_MoeForCausalLMMTP` are not here: they keep
 norms that no family here has."""
@@ -177,7 +177,7 @@ def check_served(model_type: str, spec: DraftSpec, layers: int = 1) -> None:
     """Raises `ValueError` where SGLang cannot serve a draft of that family, with so many layers, for a target of that
     type.
 
-    Read in 0.5.17 and 0.5.21: its `enable_multi_layer_eagle`, a layer for each depth, is for models that no family here
+    Read in 0.5.17 to 0.5.23: its `enable_multi_layer_eagle`, a layer for each depth, is for models that no family here
     is of (MiMo-V2, Step-3.5, Inkling; from 0.5.21 also GigaChat-3.5). Of the classes in `ARCHITECTURES`,
     DeepSeek's and GLM-4.5's fail if there is a second layer, and MiMo's loads each over the one before.
     """
