@@ -108,8 +108,8 @@ def checks(rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[dict
             1 + sum(row[f"accepted_tokens_{draft}"] for row in part) / sum(row[f"verify_steps_{draft}"] for row in part)
             for draft in DRAFTS
         )
-        what = f"accept length, estimated, co-trained over frozen, {what}"
-        found.append(check(what, co / frozen, f"at least {FASTER:g}", co / frozen >= FASTER))
+        where = f"accept length, estimated, co-trained over frozen, {what}"
+        found.append(check(where, co / frozen, f"at least {FASTER:g}", co / frozen >= FASTER))
     speed = {(row["mode"], row["batch"]): row["tokens_per_s"] for row in rows}
     for batch in sorted({row["batch"] for row in rows}):
         ratio = speed["cotrained", batch] / speed["frozen", batch]

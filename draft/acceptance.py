@@ -20,10 +20,20 @@ from miles_spec.types import SpecEstimate
 
 
 class Replay:
-    """An estimate on its way to the host: making it waits for nothing, `result` for what it was made of."""
+    """Expected verify steps, and drafted tokens accepted in them, had blocks of `D` made the pack's responses.
+
+    A block at row `t` accepts `a` tokens with `P(a >= j) = prod_{d <= j} accept[d, t]`, and the next one starts at
+    `t + 1 + a`: a renewal process. The first block of each run of rows with `mask[0]` starts at the run's first row; a
+    row's expected visits add up to the verify steps. Where `accept` is 0 or 1 (rules `greedy` and `target`) this is a
+    count, else the expectation over the draft's own randomness.
+
+    Making one waits for nothing: what it needs is copied to the host behind what is queued, and `result` waits for it.
+    """
 
     def __init__(self, accept: Tensor, mask: Tensor, layout: PackedLayout) -> None:
-        """As `estimate`. Under context parallelism the ranks' rows are gathered here."""
+        """`accept` `[D, T]` float, probability that the token drafted at row `t`, depth `d` was accepted, given the
+        realised tokens and that the block got so far; `mask` `[D, T]` bool as in `DraftTargets`. Under context
+        parallelism the ranks' rows are gathered here."""
         assert accept.shape == mask.shape and mask.shape[1] == layout.tokens
         # P(a >= j) for j = 1..D; a depth beyond the response is never accepted
         reach = torch.where(mask, accept.double(), 0).cumprod(0)
@@ -37,7 +47,7 @@ class Replay:
             self._arrived.record(torch.cuda.current_stream(rows.device))
 
     def result(self) -> SpecEstimate:
-        """Of the whole pack."""
+        """Of the whole pack, on every rank of it."""
         if self._arrived is not None:
             self._arrived.synchronize()
         host = self._rows.numpy()
@@ -50,21 +60,6 @@ class Replay:
                 more, steps = replay(reach[start:stop])
                 accepted, verify_steps = accepted + more, verify_steps + steps
         return SpecEstimate(accepted=accepted, verify_steps=verify_steps)
-
-
-def estimate(accept: Tensor, mask: Tensor, layout: PackedLayout) -> SpecEstimate:
-    """Expected verify steps, and drafted tokens accepted in them, had blocks of `D` made the pack's responses.
-
-    `accept` `[D, T]` float, probability that the token drafted at row `t`, depth `d` was accepted, given the realised
-    tokens and that the block got so far; `mask` `[D, T]` bool as in `DraftTargets`.
-
-    A block at row `t` accepts `a` tokens with `P(a >= j) = prod_{d <= j} accept[d, t]`, and the next one starts at
-    `t + 1 + a`: a renewal process. The first block of each run of rows with `mask[0]` starts at the run's first row; a
-    row's expected visits add up to the verify steps. Where `accept` is 0 or 1 (rules `greedy` and `target`) this is a
-    count, else the expectation over the draft's own randomness. Copies to the host once. Under context parallelism each
-    rank returns the estimate of the whole pack.
-    """
-    return Replay(accept, mask, layout).result()
 
 
 def _count(reach: NDArray[Any]) -> tuple[float, float]:

@@ -202,7 +202,6 @@ def plan_chunks(
     hidden: int,
     vocab: int,
     dtype: torch.dtype,
-    backend: Backend = "auto",
 ) -> list[Part]:
     """`chunks` of `draft_loss` for these rows, states `hidden` wide of `dtype`, and a head of `vocab` rows on this
     rank. Copies to the host at most twice."""
@@ -213,7 +212,7 @@ def plan_chunks(
         teacher_rows=teacher_rows,
         depth=depth,
         width=hidden,
-        triton=use_triton(backend, chain),
+        triton=use_triton("auto", chain),
     )
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miles_spec.draft.acceptance import estimate
+from miles_spec.draft.acceptance import Replay
 from miles_spec.kernels.layout import PackedLayout
 from miles_spec.kernels.shift import draft_targets
 from oracles.walk import walk
@@ -39,7 +39,7 @@ def test_matches_every_outcome_of_serving(
         torch.zeros(size, dtype=torch.int64), torch.tensor(loss_mask, dtype=torch.bool), layout, depth
     ).mask
 
-    got = estimate(accept, mask, layout)
+    got = Replay(accept, mask, layout).result()
     parts = [walk(accept.double().tolist(), start, last, depth) for start, last in spans]
     want = [sum(column) for column in zip(*parts, strict=True)] or [0.0, 0.0]
     if hard:
@@ -53,8 +53,8 @@ def test_a_known_response() -> None:
     layout = PackedLayout.make([8])
     loss_mask = torch.arange(8) >= 2
     mask = draft_targets(torch.arange(8), loss_mask, layout, 2).mask
-    perfect = estimate(torch.ones(2, 8), mask, layout)
+    perfect = Replay(torch.ones(2, 8), mask, layout).result()
     assert (perfect.accepted, perfect.verify_steps) == (4.0, 2.0)
-    hopeless = estimate(torch.zeros(2, 8), mask, layout)
+    hopeless = Replay(torch.zeros(2, 8), mask, layout).result()
     assert (hopeless.accepted, hopeless.verify_steps) == (0.0, 5.0)
     assert perfect.accept_length == 3 and hopeless.accept_length == 1
