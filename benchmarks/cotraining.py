@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 
 from miles_spec import bench
 from miles_spec.config import DataConfig, OfflineConfig, RunConfig
-from miles_spec.processes import COMMAND
+from miles_spec.processes import call
 from miles_spec.provenance import check, commit, write_result
 from miles_spec.settings import dump, load
 
@@ -64,7 +63,7 @@ def main() -> None:
         if options.general:
             draft = general(load(options.run_file, settings), folder, options.general)
             own += ["--draft.path", str(draft), "--draft.warmup-steps", "0", "--draft.vocab-size", "0"]
-        subprocess.run([*COMMAND, "train", str(options.run_file), *settings, *own], check=True, cwd=ROOT)
+        call("train", str(options.run_file), *settings, *own, cwd=ROOT)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         steps = [{name: line.get(name) for name in KEPT} for line in lines if "step" in line]
         for row in steps:
@@ -96,7 +95,7 @@ def general(config: RunConfig, folder: Path, steps: int) -> Path:
     run_file = folder / "general.toml"
     folder.mkdir(parents=True, exist_ok=True)
     run_file.write_text(dump(offline))
-    subprocess.run([*COMMAND, "draft", "train", str(run_file)], check=True, cwd=ROOT)
+    call("draft", "train", str(run_file), cwd=ROOT)
     return folder / "general" / "draft"
 
 

@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from miles_spec.processes import COMMAND
+from miles_spec.processes import call
 from miles_spec.provenance import check, commit, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +43,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             own = ["--draft.share", share, "--draft.updates", updates, "--draft.vocab-size", vocab]
             own += ["--out", str(Path(folder) / "run")]
-            subprocess.run([*COMMAND, "train", str(RUN_FILE), *SETTINGS, *settings, *own], check=True, cwd=ROOT)
+            call("train", str(RUN_FILE), *SETTINGS, *settings, *own, cwd=ROOT)
             row = {"share": float(share), "updates": int(updates), "vocab_size": int(vocab)}
             rows.append(row | measured(Path(folder) / "run"))
             shutil.rmtree(Path(folder) / "run")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 from miles_spec import report
 from miles_spec.checkpoint import steps
 from miles_spec.config import RunConfig
-from miles_spec.processes import COMMAND
+from miles_spec.processes import call
 from miles_spec.provenance import check, commit, write_result
 from miles_spec.settings import load
 
@@ -48,7 +47,7 @@ def main() -> None:
     if steps(out):
         raise SystemExit(f"{out} holds an earlier run: remove it, so that the whole run is measured")
     at, begun = commit(), time.perf_counter()
-    subprocess.run([*COMMAND, "train", str(RUN_FILE), *settings], check=True, cwd=ROOT)
+    call("train", str(RUN_FILE), *settings, cwd=ROOT)
     seconds = time.perf_counter() - begun
     page = report.write(out)
     summary = json.loads((out / "summary.json").read_text())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -111,6 +112,19 @@ def _stay_with(parent: int) -> None:
         if os.getppid() != parent:
             os._exit(1)
         time.sleep(0.2)
+
+
+def call(*arguments: str, cwd: Path) -> None:
+    """Runs this package's command with other arguments, to its end; a SIGTERM to this process, which has to be called
+    from its main thread, ends both.
+
+    Raises `subprocess.CalledProcessError` if it fails.
+    """
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        subprocess.run([*COMMAND, *arguments], check=True, cwd=cwd)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def log_to(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 from miles_spec import processes
 from miles_spec.assemble import join
 from miles_spec.config import RunConfig
-from miles_spec.processes import count, log_to, started
+from miles_spec.processes import call, count, log_to, started
 
 SLEEPS = "import os, sys, time; open(os.path.join(sys.argv[1], os.environ['RANK']), 'w').close(); time.sleep(60)"
 WRITES = """
@@ -24,6 +25,15 @@ import json, os, sys
 names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 with open(os.path.join(sys.argv[1], os.environ["RANK"]), "w") as file:
     json.dump([[os.environ[name] for name in names], sys.argv[2:], os.getsid(0) == os.getpid()], file)
+"""
+
+CALLS = """
+import sys
+from pathlib import Path
+from miles_spec import processes
+sleeps = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
+processes.COMMAND = (sys.executable, "-c", sleeps)
+processes.call("train", cwd=Path.cwd())
 """
 
 
@@ -141,3 +151,22 @@ def test_log_to(tmp_path: Path) -> None:
     assert text.count("printed") == text.count("raw") == text.count(" INFO miles_spec.x: logged\n") == 2
     with pytest.raises(OSError):
         log_to(path / "below")
+
+
+def test_a_command_that_is_called_ends_with_its_caller() -> None:
+    with subprocess.Popen([sys.executable, "-c", CALLS], stdout=subprocess.PIPE, text=True) as caller:
+        assert caller.stdout is not None
+        called = int(caller.stdout.readline())
+        caller.send_signal(signal.SIGTERM)
+        assert caller.wait(10) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(called, 0)
+
+
+def test_a_command_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", "import sys; sys.exit(int(sys.argv[1]))"))
+    before = signal.getsignal(signal.SIGTERM)
+    call("0", cwd=tmp_path)
+    with pytest.raises(subprocess.CalledProcessError):
+        call("3", cwd=tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == before
