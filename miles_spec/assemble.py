@@ -178,19 +178,18 @@ class Run:
     def wake(self) -> None:
         """Gives the engine its memory back after training, less of it the trainer's by what no push needs; a push must
         follow."""
+        self.trainer.trim()
         if self.config.train.offload:
             self.trainer.sleep(NOT_PUSHED)
-        if self.trainer.device.type == "cuda":
-            # what training has left over, on the engine's own GPUs
-            self.trainer.empty_cache() if isinstance(self.trainer, Leader) else torch.cuda.empty_cache()
         self.engine.wake()
 
-    def gpu_gib_others(self) -> float | None:
-        """Memory of the trainer's GPU, in GiB, that is not the trainer's; None on a CPU."""
+    def gpu_gib(self) -> tuple[float, float] | None:
+        """Memory of the trainer's GPU, in GiB: the trainer's, and what others have there; None on a CPU."""
         if self.trainer.device.type != "cuda":
             return None
         free, total = torch.cuda.mem_get_info(self.trainer.device)
-        return float(total - free - torch.cuda.memory_reserved(self.trainer.device)) / 2**30
+        own = torch.cuda.memory_reserved(self.trainer.device)
+        return own / 2**30, (total - free - own) / 2**30
 
     def stop(self) -> None:
         """Ends what runs outside this process."""
@@ -357,6 +356,7 @@ def _assemble(
             losses.append(terms.draft)
             live.phase("warm start of the draft", len(losses), draft_config.warmup_steps)
         trainer.freeze_draft()
+    trainer.trim()
     if config.train.offload:
         trainer.sleep(NOT_PUSHED)
         engine.wake()

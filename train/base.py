@@ -77,6 +77,11 @@ class Trainer(Protocol):
         missing or misshapen."""
         ...
 
+    def trim(self) -> None:
+        """Gives the GPU back what a step leaves over: gradients, which nobody reads until the next, and memory that
+        holds nothing."""
+        ...
+
     @property
     def asleep(self) -> bool:
         """Whether it has moved anything away with `sleep`. Only `sleep` and `wake` may be called then, and `weights` of

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from miles_spec.config import RunConfig, TrainConfig
+from miles_spec.train.draft_trainer import DraftTrainer
 from miles_spec.train.packing import repack
 from miles_spec.types import PackedBatch, RunError
 
@@ -74,8 +75,7 @@ class Memory:
         for storage, _ in (pair for storages in found.values() for pair in storages):
             storage.resize_(0)
         self._away |= found
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.trim()
 
     def wake(self, tags: Collection[str] | None = None) -> None:
         """Brings back what is away, or those of `tags`; gradients, which are 0 then, come with everything only."""
@@ -92,6 +92,11 @@ class Memory:
                         here.copy_(there, non_blocking=True)
                 del self._away[tag]
             self._settle()
+
+    def trim(self) -> None:
+        """Gives memory that holds nothing back to the GPU."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def need(self, *tags: str) -> None:
         """Asserts that `tags`, by default all, are here."""
@@ -172,6 +177,14 @@ class Sleeper:
     """The part of a `Trainer` that is about memory; `memory` is made by the trainer."""
 
     memory: Memory
+    draft: DraftTrainer | None
+
+    def trim(self) -> None:
+        """See `Trainer`."""
+        # gradients lie in what activations have left, and one keeps a block of hundreds of MB from others
+        if self.draft is not None:
+            self.draft.optimizer.zero()
+        self.memory.trim()
 
     @property
     def asleep(self) -> bool:

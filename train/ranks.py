@@ -326,6 +326,10 @@ class Leader:
         """See `Trainer`. Followers read `Stored` tensors from the files, and are sent all others."""
         self._call("load_state", tensors, values)
 
+    def trim(self) -> None:
+        """See `Trainer`."""
+        self._call("trim")
+
     @property
     def asleep(self) -> bool:
         """See `Trainer`."""
@@ -338,10 +342,6 @@ class Leader:
     def wake(self, tags: Collection[str] | None = None) -> None:
         """See `Trainer`."""
         self._call("wake", None if tags is None else list(tags))
-
-    def empty_cache(self) -> None:
-        """Gives memory of all ranks' GPUs that holds nothing back to others there."""
-        self._ranks.call({"do": "empty_cache"}, torch.cuda.empty_cache, self._state)
 
     def _call(self, name: str, *arguments: Any, **options: Any) -> Any:
         message = {"do": "call", "name": name, "arguments": arguments, "options": options}
@@ -401,8 +401,6 @@ class _Follower:
             self._streams[stream] = getattr(self._trainer, message["name"])(*arguments)
         elif do == "next":
             more = [next(self._streams[stream], _END) is _END]
-        elif do == "empty_cache":
-            torch.cuda.empty_cache()
         if do == "close" or more == [True]:
             _close(self._streams.pop(stream))
         return [*_versions(self._trainer), *more]

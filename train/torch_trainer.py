@@ -284,6 +284,12 @@ class TorchTrainer(Sleeper):
         if self.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"].cpu(), self.device)
 
+    def trim(self) -> None:
+        """See `Trainer`."""
+        if self.optimizer is not None:
+            self.optimizer.zero()
+        super().trim()
+
     def _held(self) -> dict[str, list[Tensor]]:
         """The large tensors; see `Memory`."""
         models = [self.model, *([] if self.reference is None else [self.reference])]

@@ -83,6 +83,21 @@ def test_what_slept_is_the_same_bit_for_bit(offload: tuple[str, ...]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_trimming_forgets_gradients_and_nothing_else() -> None:
+    trimmed, other = (trainer(run_of()) for _ in range(2))
+    for subject in (trimmed, other):
+        subject.step(packs())
+    held = {tag for tag, found in storages(trimmed).items() if found}
+    assert held == {*TAGS, GRADIENTS}
+    before = {name: tensor.clone() for name, tensor in state_of(trimmed)[0].items()}
+    trimmed.trim()
+    assert not storages(trimmed)[GRADIENTS]
+    assert_same(state_of(trimmed)[0], before)
+    for subject in (trimmed, other):
+        subject.step(packs())
+    assert_same(state_of(trimmed)[0], state_of(other)[0])
+
+
 def test_a_part_sleeps_and_wakes() -> None:
     subject = trainer(run_of(("weights", "optimizer")))
     subject.step(packs())

@@ -70,6 +70,9 @@ class Fake:
     def freeze_draft(self) -> None:
         self.heard.append("freeze_draft")
 
+    def trim(self) -> None:
+        self.heard.append(["trim"])
+
     def sleep(self, tags: Any) -> None:
         self.heard.append(["sleep", tags])
 
@@ -247,12 +250,13 @@ def test_all_ranks_make_the_same_calls(pair: Callable[[Play], Pair]) -> None:
         leader.load_state(odd, {"version": 7, "x": [1, None, 0.1, {"y": "ö"}], "z": {}})
         leader.sleep(("optimizer",))
         leader.wake()
-        leader.empty_cache()
+        leader.trim()
         assert (leader.version, leader.draft_version, leader.model, leader.draft) == (2, 2, "model", None)
 
     both = pair(play)
     _, heard = both.told(0)
-    assert both.told(1) == heard and len(heard) == 19 and heard[-2:] == [["sleep", ["optimizer"]], ["wake", None]]
+    assert both.told(1) == heard and len(heard) == 20
+    assert heard[-3:] == [["sleep", ["optimizer"]], ["wake", None], ["trim"]]
     assert [both.status(rank, 5) for rank in (0, 1)] == [0, 0]
 
 
