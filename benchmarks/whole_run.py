@@ -30,8 +30,13 @@ ROOT = Path(__file__).resolve().parents[1]
 RUN_FILE = ROOT / "examples" / "sglang.toml"
 RESULTS = ROOT / "benchmarks" / "results"
 NAME = "sglang_run"
+HELD = {
+    "gpu_gib_others": "others hold while the trainer works",
+    "gpu_gib_trainer": "the trainer holds while responses are made",
+}
+"""Of the trainer's GPU."""
 GROWTH_GIB = 0.5
-"""What the memory that servers hold while they have released it may grow by over the run."""
+"""What each may grow by over the run."""
 ESTIMATE = 0.1
 """Accept length, estimated less counted, in any step."""
 
@@ -93,11 +98,12 @@ def checks(
     if speedups:
         least = min(speedups)
         found.append(check("net speed-up of the rollouts, least of a step", least, "at least 0.98", least >= 0.98))
-    held = [line["gpu_gib_others"] for line in lines if line.get("gpu_gib_others") is not None]
-    if len(held) > 1:
-        growth = max(held[len(held) // 2 :]) - max(held[: len(held) // 2])
-        what = f"GiB that released servers hold, growth from the first to the second half of {len(held)} cycles"
-        found.append(check(what, growth, f"at most {GROWTH_GIB}", growth <= GROWTH_GIB))
+    for name, whose in HELD.items():
+        held = [line[name] for line in lines if line.get(name) is not None]
+        if len(held) > 1:
+            growth = max(held[len(held) // 2 :]) - max(held[: len(held) // 2])
+            what = f"GiB that {whose}, growth from the first to the second half of {len(held)} cycles"
+            found.append(check(what, growth, f"at most {GROWTH_GIB}", growth <= GROWTH_GIB))
     return found
 
 
