@@ -183,13 +183,15 @@ class Run:
             self.trainer.sleep(NOT_PUSHED)
         self.engine.wake()
 
-    def gpu_gib(self) -> tuple[float, float] | None:
-        """Memory of the trainer's GPU, in GiB: the trainer's, and what others have there; None on a CPU."""
+    def gpu_gib(self, *of: str) -> dict[str, float]:
+        """Metrics of the memory of the trainer's GPU, in GiB: what of it is the "trainer"'s, is that of "others" there,
+        and is "free"; none on a CPU."""
         if self.trainer.device.type != "cuda":
-            return None
+            return {}
         free, total = torch.cuda.mem_get_info(self.trainer.device)
         own = torch.cuda.memory_reserved(self.trainer.device)
-        return own / 2**30, (total - free - own) / 2**30
+        parts = {"trainer": own, "others": total - free - own, "free": free}
+        return {f"gpu_gib_{part}": parts[part] / 2**30 for part in of}
 
     def stop(self) -> None:
         """Ends what runs outside this process."""

@@ -68,14 +68,14 @@ def train(config: RunConfig) -> Path:
                     groups = sample(run, step + 1, live)
                     sampled = time.perf_counter()
                     run.release()
-                    before = run.gpu_gib()
+                    beside_training = run.gpu_gib("others")
                     live.phase("training")
                     started, stepping = time.perf_counter(), True
                     terms = optimize(run, groups, budget)
                     trained = time.perf_counter()
                     live.phase("sync")
                     run.wake()
-                    after = run.gpu_gib()
+                    beside_rollouts = run.gpu_gib("trainer", "free")
                     awake = time.perf_counter()
                     receipts, refused = _push(run)
                     synced = time.perf_counter()
@@ -90,8 +90,8 @@ def train(config: RunConfig) -> Path:
                         "seconds_checkpoint": saving_s,
                         "token_budget": budget.tokens,
                         "host_gib_peak": host_gib_peak(),
-                        **({} if before is None else {"gpu_gib_others": before[1]}),
-                        **({} if after is None else {"gpu_gib_trainer": after[0]}),
+                        **beside_training,
+                        **beside_rollouts,
                     }
                     shown = tuple(groups.samples[: config.tracking.samples])
                     report = StepReport(step=step, metrics=metrics, samples=shown)

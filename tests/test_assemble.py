@@ -58,3 +58,13 @@ def test_weights_come_back_for_a_server_that_needs_them_in_a_rollout() -> None:
     for got, expected in zip((now.target, now.draft or {}), kept, strict=True):
         assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
     assert trainer.asleep and not any(size for _, size in trainer.memory._storages()["optimizer"])
+
+
+def test_whose_the_memory_of_the_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: Any = SimpleNamespace(trainer=SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 << 30, 16 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 << 30)
+    assert Run.gpu_gib(run, "others") == {"gpu_gib_others": 9.0}
+    assert Run.gpu_gib(run, "trainer", "free") == {"gpu_gib_trainer": 5.0, "gpu_gib_free": 2.0}
+    run.trainer.device = torch.device("cpu")
+    assert Run.gpu_gib(run, "others", "free") == {}

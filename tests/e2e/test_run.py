@@ -18,7 +18,7 @@ from miles_spec.config import RunConfig
 from miles_spec.loop import train
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
-ELSEWHERE = {"warmup_step", "gpu_gib_others", "gpu_gib_trainer"}
+ELSEWHERE = {"warmup_step", "gpu_gib_others", "gpu_gib_trainer", "gpu_gib_free"}
 """In other lines, or on a GPU alone."""
 
 
