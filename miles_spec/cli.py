@@ -204,7 +204,7 @@ def _listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
         try:
             return [kind(part) for part in text.split(",")]
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between them") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas or spaces between them") from None
 
     return read
 
@@ -253,14 +253,12 @@ def _parser() -> argparse.ArgumentParser:
         "rollout",
         _bench_rollout,
         "Times a finished run's rollouts without speculation, with the frozen and with the co-trained draft. "
-        "`--json PATH` writes the result there too; `--engine sglang` times servers, `--batches 1,8` these sizes, "
+        "`--json PATH` writes the result there too; `--engine sglang` times servers, `--batches 1 8` these sizes, "
         "`--turns N` each so often.",
     )
     rollout.add_argument("--json", type=Path, metavar="PATH", help="write the result there too")
     rollout.add_argument("--engine", choices=("embedded", "sglang"), help="in place of the run file's")
-    rollout.add_argument(
-        "--batches", type=_listed(int), default=(), metavar="SIZES", help="requests at a time, with commas between them"
-    )
+    _add_list(rollout, "--batches", int, (), "N", "requests at a time; behind the run file")
     rollout.add_argument("--turns", type=int, default=3, metavar="N", help="of each, of which the median counts")
     kernels = _add(
         measured,
@@ -270,13 +268,7 @@ def _parser() -> argparse.ArgumentParser:
         "minutes on a GPU. Without one small inputs show that they are right.",
     )
     kernels.add_argument("--json", type=Path, metavar="PATH", help="write the result there too")
-    kernels.add_argument(
-        "--only",
-        type=_listed(str),
-        default=(),
-        metavar="KERNELS",
-        help="of draft_loss, shift, logprob and attention, with commas between them; all if left out",
-    )
+    _add_list(kernels, "--only", str, (), "KERNEL", "of draft_loss, shift, logprob and attention; all if left out")
     sync = _add(
         measured,
         "sync",

@@ -80,8 +80,9 @@ def test_bench_rollout(where: str, run_file: Path, calls: list[object]) -> None:
     assert calls == [("bench", "rollout", load(run_file, ["--steps", "3"]), out, (), 3)]
 
 
-def test_bench_rollout_of_servers(run_file: Path, calls: list[object]) -> None:
-    arguments = ["--engine", "sglang", "--batches", "1,8", "--turns", "2"]
+@pytest.mark.parametrize("batches", [["1,8"], ["1", "8"]], ids=["commas", "spaces"])
+def test_bench_rollout_of_servers(batches: list[str], run_file: Path, calls: list[object]) -> None:
+    arguments = ["--engine", "sglang", "--batches", *batches, "--turns", "2"]
     assert main(["bench", "rollout", str(run_file), *arguments]) == 0
     config = load(run_file, ["--rollout.engine", "sglang"])
     assert calls == [("bench", "rollout", config, None, [1, 8], 2)]
@@ -94,8 +95,9 @@ def test_bench_rollout_of_servers(run_file: Path, calls: list[object]) -> None:
         (["--json", "k.json"], (Path("k.json"), ())),
         (["--only", "shift", "--json", "k.json"], (Path("k.json"), ["shift"])),
         (["--only", "draft_loss,logprob"], (None, ["draft_loss", "logprob"])),
+        (["--only", "draft_loss", "logprob"], (None, ["draft_loss", "logprob"])),
     ],
-    ids=["plain", "json", "one", "two"],
+    ids=["plain", "json", "one", "commas", "spaces"],
 )
 def test_bench_kernels(arguments: list[str], expected: tuple[object, ...], calls: list[object]) -> None:
     assert main(["bench", "kernels", *arguments]) == 0
@@ -259,7 +261,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench"], "rollout"),
         (["bench"], "kernels"),
         (["bench", "rollout"], "--json PATH"),
-        (["bench", "kernels"], "--only KERNELS"),
+        (["bench", "kernels"], "--only KERNEL"),
         (["bench", "sync"], "--set KEY=VALUE"),
         (["rollout"], "serve"),
         (["rollout", "serve"], "--rollout.temperature"),
@@ -318,7 +320,7 @@ def test_ctrl_c_is_no_traceback(
 def test_sizes_that_are_no_numbers(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["bench", "rollout", str(run_file), "--batches", "a"])
-    assert "'a' is not numbers with commas between them" in capsys.readouterr().err
+    assert "'a' is not numbers with commas or spaces between them" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("calls")
