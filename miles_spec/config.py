@@ -166,7 +166,7 @@ class DraftConfig:
     num_steps: int = 3
     """Depth `k`: tokens drafted per block."""
     max_batch: int = 0
-    """Speculate only while at most this many sequences decode together; 0 for always."""
+    """Speculate only while at most this many sequences decode together (on one server); 0 for always."""
     vocab_size: int = 0
     """Draft over this many of the most frequent tokens; 0 for the whole vocabulary, or that of `path`."""
     train: bool = True
@@ -510,9 +510,15 @@ def _validate_servers(config: RunConfig, need: _Need) -> None:
         'SGLang has no rejection sampling over a reduced vocabulary; set 0, or rollout.verify = "target"',
     )
     need(
-        not served or not config.draft.enabled or config.draft.max_batch == 0,
+        not served or not config.draft.enabled or rollout.rule != "rejection" or config.draft.max_batch == 0,
         "draft.max_batch",
-        'a running SGLang server cannot switch speculation off by batch size; set 0, or rollout.engine = "embedded"',
+        "SGLang cannot go without a draft for some batches under rejection sampling; set 0, or rollout.verify = "
+        '"target"',
+    )
+    need(
+        not rollout.urls or config.draft.max_batch == 0,
+        "draft.max_batch",
+        "servers that run already draft as they were started; set 0",
     )
 
 

@@ -10,11 +10,12 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from miles_spec import rundir
 from miles_spec.assemble import Run, assemble, follow, join
@@ -84,7 +85,7 @@ def train(config: RunConfig) -> Path:
                     metrics = {
                         "time_s": synced - begun,
                         **groups.metrics,
-                        **training_metrics(terms, trained - started, groups.metrics.get("accept_length")),
+                        **training_metrics(terms, trained - started, _counted(run, groups.metrics)),
                         **sync_metrics(receipts, synced - awake),
                         "seconds_memory": slept - pushed + started - sampled + awake - trained,
                         "seconds_checkpoint": saving_s,
@@ -161,6 +162,13 @@ def _with_logprobs(run: Run, batches: list[PackedBatch], *, old: bool) -> list[P
         scores = run.trainer.logprobs(batches, reference=True)
         batches = [replace(b, ref_logprobs=s) for b, s in zip(batches, scores, strict=True)]
     return batches
+
+
+def _counted(run: Run, metrics: Mapping[str, Any]) -> float | None:
+    """The accept length that the trainer's estimate is held against; None without a draft, and where steps of servers
+    that went without it (`draft.max_batch`) are counted too."""
+    mixed = run.serving is not None and run.config.draft.max_batch
+    return None if mixed else metrics.get("accept_length")
 
 
 def _push(run: Run) -> tuple[list[Receipt], TargetSyncError | None]:

@@ -111,6 +111,7 @@ class Serving:
             dtype=dtype_name(loaded.dtype),
             context_length=max_context,
             max_running=rollout.max_running,
+            max_batch=config.draft.max_batch,
             seed=config.seed,
             release=released,
             extra=config.sglang,

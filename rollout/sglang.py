@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from miles_spec.rollout.sglang_api import Api, Features, Keys, check_rule, check_served, json_object
-from miles_spec.rollout.sglang_args import ServerSettings, arguments, installed, refuse_greedy
+from miles_spec.rollout.sglang_args import ServerSettings, arguments, depths, installed, refuse_greedy
 from miles_spec.rollout.sglang_process import ServerProcess, environment, start_server
 from miles_spec.rollout.sglang_requests import completion, context_room, payload, post
 from miles_spec.rollout.sglang_session import PushSession
@@ -125,6 +125,12 @@ class SGLangServer:
                 raise RunError(
                     f"it was told to draft {self.draft_depth} tokens and says that it drafts {features.depth}"
                 )
+            # SGLang switches it off by itself where it cannot
+            if features.depth and self.settings.max_batch and not features.info.get("speculative_adaptive"):
+                raise RunError(
+                    f"it was told to draft for at most {self.settings.max_batch} sequences together and drafts for any "
+                    "number; its log says why (speculative_adaptive). Set draft.max_batch = 0"
+                )
             if not self.joined:
                 self._warm_up(api)
         except (ConnectionError, TimeoutError, RunError, ValueError) as error:
@@ -219,9 +225,16 @@ class SGLangServer:
         assert self._folder is not None
         variables = environment(self._gpus)
         known = installed(self._launch, variables, self._start_timeout_s)
+        by_batch = self._folder / f"{self.name}.depths.json"
+        if self.settings.max_batch:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            by_batch.write_text(depths(self.draft_depth, self.settings.max_batch))
 
         def command(port: int) -> list[str]:
-            return [*self._launch, *arguments(self.settings, self.draft_depth, known, host=self._host, port=port)]
+            asked = arguments(
+                self.settings, self.draft_depth, known, host=self._host, port=port, by_batch=str(by_batch)
+            )
+            return [*self._launch, *asked]
 
         def started(process: ServerProcess, url: str) -> None:
             with self._lock:

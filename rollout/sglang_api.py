@@ -177,8 +177,6 @@ def check_served(features: Features) -> None:
         return
     if info["speculative_algorithm"] not in ("EAGLE", "EAGLE3"):
         raise RunError(f"this server drafts with {info['speculative_algorithm']}; only EAGLE and EAGLE3 are supported")
-    if info.get("speculative_adaptive"):
-        raise RunError("this server changes its draft depth while it runs (speculative_adaptive); start it without")
     exact = {
         "speculative_eagle_topk": 1,
         "speculative_num_draft_tokens": features.depth + 1,
@@ -195,8 +193,11 @@ def check_served(features: Features) -> None:
 
 
 def check_rule(features: Features, rule: VerifyRule) -> None:
-    """Raises `RunError` if a server that drafts accepts drafts by another rule than the run's, which the draft is
-    trained for and its acceptance estimated by. At temperature 0 all rules are one."""
+    """Raises `RunError` if a server that drafts and was not started by the run chooses its depth by itself, or accepts
+    drafts by another rule than the run's, which the draft is trained for and its acceptance estimated by. At
+    temperature 0 all rules are one."""
+    if features.info.get("speculative_adaptive"):
+        raise RunError("this server changes its draft depth while it runs (speculative_adaptive); start it without")
     if features.info.get("speculative_use_block_verification"):
         raise RunError("this server verifies whole blocks (speculative_use_block_verification); start it without")
     theirs = "rejection" if features.info.get("speculative_use_rejection_sampling") else "target"

@@ -53,8 +53,8 @@ _OURS = {
     "speculative_use_rejection_sampling": 'rollout.verify = "rejection" sets it',
     "speculative_use_block_verification": "rollout.verify says how drafted tokens are verified",
     "speculative_token_map": "draft.vocab_size sets it",
-    "speculative_adaptive": "it changes the depth while it runs; draft.num_steps sets it",
-    "speculative_adaptive_config": "it changes the depth while it runs; draft.num_steps sets it",
+    "speculative_adaptive": "draft.num_steps and draft.max_batch say how deep it drafts",
+    "speculative_adaptive_config": "draft.num_steps and draft.max_batch say how deep it drafts",
     "enable_memory_saver": "fleet.release sets it",
     "enable_weights_cpu_backup": "fleet.release sets it",
     "enable_draft_weights_cpu_backup": "fleet.release sets it",
@@ -103,6 +103,8 @@ class ServerSettings:
     """Tokens of prompt and response together; SGLang is given `SPARE` more and the draft's block."""
     max_running: int
     """Sequences decoded together by one server."""
+    max_batch: int = 0
+    """Sequences decoded together for which it drafts at most; 0 for any number."""
     seed: int = 0
     release: tuple[str, ...] = ()
     """SGLang's tags of the memory that can be released and resumed: `weights`, `kv_cache`."""
@@ -199,6 +201,11 @@ def check(settings: ServerSettings) -> None:
     for name, why in _LOSSY_ENVIRONMENT.items():
         if os.environ.get(name, "").lower() not in ("", "0", "false", "-1"):
             raise ValueError(f"the environment variable {name} is set: {why}; unset it")
+    if settings.rule == "rejection" and settings.max_batch:
+        raise ValueError(
+            "SGLang cannot go without a draft for some batches under rejection sampling; set draft.max_batch = 0, "
+            'or rollout.verify = "target"'
+        )
     if settings.rule == "rejection" and (settings.token_map or settings.draft_vocabulary):
         raise ValueError(
             "SGLang has no rejection sampling over a reduced vocabulary; set draft.vocab_size = 0, "
@@ -206,8 +213,16 @@ def check(settings: ServerSettings) -> None:
         )
 
 
-def arguments(settings: ServerSettings, depth: int, known: Installed, *, host: str, port: int) -> list[str]:
-    """The argument list of a server that drafts `depth` tokens (0: without speculation).
+def depths(depth: int, max_batch: int) -> str:
+    """SGLang's file of draft depths by the number of sequences: `depth` for `max_batch` at most, and for more none."""
+    return json.dumps({"1": {"candidate_steps": [depth]}, str(max_batch + 1): {"candidate_steps": [0]}})
+
+
+def arguments(
+    settings: ServerSettings, depth: int, known: Installed, *, host: str, port: int, by_batch: str = ""
+) -> list[str]:
+    """The argument list of a server that drafts `depth` tokens (0: without speculation); `by_batch` is the file with
+    `depths`, where there is a `max_batch`.
 
     Raises `ValueError` as `check` does, and for a name that this SGLang does not have or that cannot take its value.
     """
@@ -234,6 +249,8 @@ def arguments(settings: ServerSettings, depth: int, known: Installed, *, host: s
             "speculative_eagle_topk": 1,
             "speculative_num_draft_tokens": depth + 1,
         }
+        if settings.max_batch:
+            wanted |= {"speculative_adaptive": True, "speculative_adaptive_config": by_batch}
         if settings.rule == "rejection":
             wanted["speculative_use_rejection_sampling"] = True
         if settings.token_map:

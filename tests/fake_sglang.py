@@ -68,6 +68,12 @@ FLAGS = {
         "takes": "none",
         "default": "False",
     },
+    "speculative_adaptive": {"options": ["--speculative-adaptive"], "takes": "none", "default": "False"},
+    "speculative_adaptive_config": {
+        "options": ["--speculative-adaptive-config"],
+        "takes": "value",
+        "default": "None",
+    },
     "speculative_draft_load_format": {
         "options": ["--speculative-draft-load-format"],
         "takes": "value",
@@ -512,7 +518,8 @@ COMMAND = (sys.executable, str(Path(__file__).resolve()))
 
 
 def main() -> None:
-    """A process of its own. Beside the keys it reads `FAKE_SGLANG`: JSON of `Faults`, of `version` and `start_s`."""
+    """A process of its own. Beside the keys it reads `FAKE_SGLANG`: JSON of `Faults`, of `version` and `start_s`, and
+    of `adaptive`, which is false for one that drafts for any number of sequences whatever it is told."""
     if sys.argv[1:2] == ["--flags"]:
         print(json.dumps({"version": "0.5.21", "flags": FLAGS, "platforms": ["cuda"]}))
         return
@@ -521,9 +528,11 @@ def main() -> None:
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
     parser.add_argument("--speculative-num-steps", type=int, default=0)
+    parser.add_argument("--speculative-adaptive", action="store_true")
     known, rest = parser.parse_known_args()
     print(f"the fake starts with {rest}", flush=True)
     version, start_s = settings.pop("version", "0.5.21"), settings.pop("start_s", 0.0)
+    adaptive = settings.pop("adaptive", True) and known.speculative_adaptive
     faults = Faults(**settings)
     if faults.exit_at_start:
         print(faults.exit_at_start, flush=True)
@@ -539,6 +548,7 @@ def main() -> None:
         faults=faults,
         guarded=True,
         exit=lambda: os._exit(9),
+        info={"speculative_adaptive": adaptive},
     )
     fake.start()
     threading.Event().wait()

@@ -125,6 +125,15 @@ def test_good_configuration_passes() -> None:
             "draft.num_steps is 0: nothing would be drafted; give 1 to 16, or set draft.enabled = false",
         ),
         ({"draft__max_batch": -1}, "draft.max_batch is -1: give 0 or more"),
+        (
+            {"draft__max_batch": 8, "rollout__engine": "sglang", "rollout__verify": "rejection"},
+            "draft.max_batch is 8: SGLang cannot go without a draft for some batches under rejection sampling; set 0, "
+            'or rollout.verify = "target"',
+        ),
+        (
+            {"draft__max_batch": 8, "rollout__engine": "sglang", "rollout__urls": ("http://a:1",)},
+            "draft.max_batch is 8: servers that run already draft as they were started; set 0",
+        ),
         ({"draft__vocab_size": -1}, "draft.vocab_size is -1: give 0 or more"),
         ({"draft__ramp_steps": 0}, "draft.ramp_steps is 0: give 1 or more"),
         ({"draft__lr": -1.0}, "draft.lr is -1.0: give 0 or more"),

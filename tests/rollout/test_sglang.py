@@ -36,7 +36,8 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     servers: list[SGLangServer] = []
 
     def make(settings: ServerSettings = SETTINGS, **more: Any) -> SGLangServer:
-        faults = {k: more.pop(k) for k in ("exit_at_start", "start_s", "unhealthy", "version") if k in more}
+        names = ("exit_at_start", "start_s", "unhealthy", "version", "adaptive")
+        faults = {name: more.pop(name) for name in names if name in more}
         monkeypatch.setenv("FAKE_SGLANG", json.dumps(faults))
         given = {"keys": KEYS, "launch": COMMAND, "folder": tmp_path / "logs", "draft_depth": 2} | more
         servers.append(SGLangServer(name=f"e{len(servers)}", settings=settings, **given))
@@ -141,6 +142,20 @@ def test_another_depth_is_a_restart_without_weights(started: Callable[..., SGLan
     assert server.draft_depth == 3 and server.versions() == {"target": -1, "draft": -1}
 
 
+def test_a_server_that_would_draft_for_any_number_of_sequences_is_refused(
+    started: Callable[..., SGLangServer], tmp_path: Path
+) -> None:
+    few = replace(SETTINGS, max_batch=5)
+    server = started(few)
+    server.start()
+    assert json.loads((tmp_path / "logs" / "e0.depths.json").read_text())["6"] == {"candidate_steps": [0]}
+    server.set_draft_depth(0)
+    with pytest.raises(
+        RunError, match=r"at most 5 sequences together and drafts for any number; .*draft\.max_batch = 0"
+    ):
+        started(few, adaptive=False).start()
+
+
 def test_no_draft_no_depth(started: Callable[..., SGLangServer]) -> None:
     with pytest.raises(ValueError, match="has no draft"):
         started(replace(SETTINGS, draft_path=""), draft_depth=0).set_draft_depth(2)
@@ -207,9 +222,10 @@ def test_a_joined_server_that_would_verify_greedily_is_refused(fake: FakeSGLang)
     [
         ("speculative_use_rejection_sampling", 'set rollout.verify to "rejection", or start it without'),
         ("speculative_use_block_verification", "verifies whole blocks"),
+        ("speculative_adaptive", "changes its draft depth"),
     ],
 )
-def test_a_joined_server_that_verifies_by_another_rule_is_refused(fake: FakeSGLang, key: str, says: str) -> None:
+def test_a_joined_server_that_drafts_otherwise_is_refused(fake: FakeSGLang, key: str, says: str) -> None:
     fake.info[key] = True
     with pytest.raises(RunError, match=says):
         joined(fake)

@@ -44,7 +44,6 @@ def test_features_are_what_the_server_says(version: str, selector: bool) -> None
         ({"info": {"speculative_eagle_topk": 4}}, "speculative_eagle_topk 4 and must have 1"),
         ({"info": {"speculative_num_draft_tokens": 9}}, "speculative_num_draft_tokens 9"),
         ({"info": {"speculative_accept_threshold_single": 0.5}}, "threshold_single 0.5"),
-        ({"info": {"speculative_adaptive": True}}, "speculative_adaptive"),
     ],
 )
 def test_a_server_that_cannot_be_used_is_refused(settings: dict[str, Any], says: str) -> None:

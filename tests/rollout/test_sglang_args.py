@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import replace
@@ -9,7 +10,15 @@ from dataclasses import replace
 import pytest
 
 import fake_sglang
-from miles_spec.rollout.sglang_args import Installed, ServerSettings, arguments, check, installed, version_of
+from miles_spec.rollout.sglang_args import (
+    Installed,
+    ServerSettings,
+    arguments,
+    check,
+    depths,
+    installed,
+    version_of,
+)
 from miles_spec.types import RunError
 
 SETTINGS = ServerSettings(model_path="/m", context_length=100, max_running=4, seed=7)
@@ -18,7 +27,7 @@ KNOWN = Installed(version="0.5.21", flags=fake_sglang.FLAGS, platforms=("cuda",)
 
 
 def made(settings: ServerSettings, depth: int = 0, known: Installed = KNOWN) -> list[str]:
-    return arguments(settings, depth, known, host="127.0.0.1", port=1234)
+    return arguments(settings, depth, known, host="127.0.0.1", port=1234, by_batch="/d.json")
 
 
 def value(argv: list[str], flag: str) -> str:
@@ -97,7 +106,7 @@ def test_the_users_speculative_settings_wait_for_a_draft() -> None:
         ("speculative_accept_threshold_acc", 0.5, "would not have sampled"),
         ("speculative_eagle_topk", 4, "tree"),
         ("speculative_ngram_capacity", 4, "draft.family"),
-        ("speculative_adaptive", True, "depth"),
+        ("speculative_adaptive", True, "draft.max_batch"),
         ("skip_tokenizer_init", True, "stop strings"),
         ("dp_size", 2, "fleet.engines"),
         ("attn_dp_size", 2, "fleet.engines"),
@@ -126,6 +135,16 @@ def test_rejection_over_a_reduced_vocabulary_is_refused() -> None:
         check(reduced)
         with pytest.raises(ValueError, match=r"draft\.vocab_size"):
             check(replace(reduced, rule="rejection"))
+
+
+def test_it_drafts_up_to_a_number_of_sequences() -> None:
+    settings = replace(DRAFTING, max_batch=32)
+    argv = made(settings, 3)
+    assert "--speculative-adaptive" in argv and value(argv, "--speculative-adaptive-config") == "/d.json"
+    assert json.loads(depths(3, 32)) == {"1": {"candidate_steps": [3]}, "33": {"candidate_steps": [0]}}
+    assert not any("adaptive" in flag for flag in (*made(settings, 0), *made(DRAFTING, 3)))
+    with pytest.raises(ValueError, match=r"draft\.max_batch = 0"):
+        check(replace(settings, rule="rejection"))
 
 
 def test_a_platform_that_verifies_greedily_is_refused_where_tokens_are_sampled() -> None:

@@ -212,11 +212,13 @@ Start = Callable[..., Host]
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts a server that serves nothing yet: `start(name, pair, depth=..., from_folder=..., **[sglang])`. With
-    `from_folder` SGLang reads the draft's weights from its folder."""
+    """Starts a server that serves nothing yet: `start(name, pair, depth=..., from_folder=..., max_batch=...,
+    **[sglang])`. With `from_folder` SGLang reads the draft's weights from its folder."""
     servers: list[SGLangServer] = []
 
-    def run(name: str, pair: Pair, depth: int = DEPTH, from_folder: bool = False, **extra: object) -> Host:
+    def run(
+        name: str, pair: Pair, depth: int = DEPTH, from_folder: bool = False, max_batch: int = 0, **extra: object
+    ) -> Host:
         folder = tmp_path_factory.mktemp(name)
         export_target(pair.model, tiny_tokenizer(), folder / "target", dtype=torch.float32)
         export(pair.draft, folder / "draft", dtype=torch.float32)
@@ -226,6 +228,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             dtype="float32",
             context_length=CONTEXT,
             max_running=8,
+            max_batch=max_batch,
             extra={**ARGUMENTS, **extra},
         )
         settings = drafting(settings, pair.draft, folder / "draft")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,30 @@ def test_a_reduced_vocabulary_has_its_head_pushed(start: Any, reduced: Any, samp
         assert all(receipt.verified for receipt in host.push(pair))
         same_as_ours(host, sampled(max_new_tokens=16))
     assert sum(sum(c.spec.accepted) for c in host.generate(sampled())) > 0
+    host.server.stop()
+
+
+def test_a_large_batch_goes_without_a_draft(start: Any, pair: Any, sampled: Any) -> None:
+    """Eight sequences together decode one token a step. The two that are left in the end are drafted for again, by a
+    draft that has seen all their tokens."""
+    host = start("tail", pair, max_batch=2)
+    host.learn()
+    assert all(receipt.verified for receipt in host.push())
+    same_as_ours(host, sampled(max_new_tokens=24)[:2])
+    sizes = (8,) * 6 + (48,) * 2
+    requests = [
+        replace(request, sampling=replace(request.sampling, max_new_tokens=size))
+        for request, size in zip(sampled(), sizes, strict=True)
+    ]
+    ours, theirs = host.pair.embedded(0).generate(requests), host.generate(requests)
+    assert [c.tokens for c in theirs] == [c.tokens for c in ours]
+    assert [len(c.tokens) for c in theirs] == list(sizes)
+    for a, b in zip(theirs, ours, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=2e-5)
+    steps, accepted = [c.spec.verify_steps for c in theirs], [sum(c.spec.accepted) for c in theirs]
+    assert (steps[:6], accepted[:6]) == ([7] * 6, [0] * 6)
+    alone = [sum(c.spec.accepted) for c in host.generate(requests[6:])]
+    assert all(0 < some < whole for some, whole in zip(accepted[6:], alone, strict=True))
     host.server.stop()
 
 
