@@ -61,8 +61,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-graphs": {"disable_cuda_graph": True},
     "no-overlap": {"disable_overlap_schedule": True},
     "verify-as-decode": {"speculative_attention_mode": "decode"},
+    "plain-above-1": {},
 }
 """Name to what differs from `BASE`. All but `base` run only at the depths of `--variant-depths`."""
+MAX_BATCH = {"plain-above-1": 1}
+"""`draft.max_batch` of variants that have one: what larger batches cost on a server that could draft for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +160,7 @@ class Bench:
             dtype="bfloat16",
             context_length=4 * LONG_TOKENS,
             max_running=max(self.batches),
+            max_batch=MAX_BATCH.get(case.variant, 0),
             extra=BASE | graphs | memory | VARIANTS[case.variant],
         )
         return SGLangServer(
@@ -279,7 +283,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
         elif settings["attention_backend"] in arguments.backends:
             depths = arguments.only if name == "base" else [k for k in arguments.only if k in arguments.variant_depths]
             # without a draft the settings of speculation are no settings
-            needs_draft = any(key.startswith("speculative_") for key in VARIANTS[name])
+            needs_draft = name in MAX_BATCH or any(key.startswith("speculative_") for key in VARIANTS[name])
             cases += [Case(variant=name, depth=k) for k in depths if k or not needs_draft]
     return cases
 
