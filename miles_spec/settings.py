@@ -21,7 +21,8 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from miles_spec.config import RunConfig, validate
+from miles_spec.config import RunConfig
+from miles_spec.validation import validate
 
 _SGLANG_PREFIX = "--sglang-"
 _OPTIONS_PREFIX = "--data.options."
