@@ -23,7 +23,7 @@ from miles_spec.config import RunConfig
 from miles_spec.draft.modules import DraftHead
 from miles_spec.live import LiveTable
 from miles_spec.provenance import check, write_result
-from miles_spec.rollout.bench import PLAIN, Row, as_json, compare, embedded_modes
+from miles_spec.rollout.bench import PLAIN, Row, advice, as_json, compare, embedded_modes
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.engine import Engine
 from miles_spec.rollout.sglang_args import with_underscores
@@ -76,6 +76,8 @@ def rollout(
         task = bar.add_task("timing rollouts", total=None)
         rows = measure(run, batches, turns, requests, lambda done, total: bar.update(task, completed=done, total=total))
     console.print(table(rows))
+    if not config.draft.max_batch:
+        console.print(advice(rows))
     (out / "bench.json").write_text(json.dumps(as_json(rows), indent=1) + "\n")
     summary_path = out / "summary.json"
     if summary_path.exists():

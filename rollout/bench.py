@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from miles_spec.draft.modules import DraftHead
@@ -42,6 +43,17 @@ class Row:
     """Share of responses equal to those of `plain`, token by token. On the embedded engine 1 under the rules `greedy`
     and `target`, but for floating-point ties; under `rejection`, and where servers sample, only the distribution is the
     same."""
+
+
+def advice(rows: Sequence[Row]) -> str:
+    """Up to which of the batch sizes the co-trained draft paid, and the setting for it."""
+    speedups = sorted((row.batch, row.speedup) for row in rows if row.mode == "cotrained")
+    paid = [batch for batch, _ in takewhile(lambda size: size[1] > 1, speedups)]
+    if len(paid) == len(speedups):
+        return "The draft pays at every size that was timed."
+    if not paid:
+        return "The draft does not pay even at the smallest size that was timed: train it longer, or go without."
+    return f"The draft pays up to {paid[-1]} sequences together: draft.max_batch = {paid[-1]} goes without it beyond."
 
 
 def compare(

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_model
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE
-from miles_spec.rollout.bench import as_json, compare, embedded_modes
+from miles_spec.rollout.bench import Row, advice, as_json, compare, embedded_modes
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.types import Request, Sampling
 
@@ -78,3 +78,22 @@ def test_more_requests_for_larger_batches() -> None:
     with embedded_modes(engine, drafts) as modes:
         rows = compare(modes, requests, batches=(1, 2), turns=1, least=1)
     assert [r.tokens for r in rows if r.mode == "plain"] == [2 * 12, 4 * 12]
+
+
+@pytest.mark.parametrize(
+    ("speedups", "says"),
+    [
+        ({1: 1.5, 8: 1.2, 32: 1.01}, "at every size"),
+        ({1: 1.0, 8: 1.2}, "not pay even at the smallest"),
+        ({1: 1.5, 8: 1.2, 32: 0.9, 128: 1.1}, "up to 8 sequences together: draft.max_batch = 8"),
+    ],
+    ids=["all", "none", "some"],
+)
+def test_up_to_which_size_a_draft_pays(speedups: dict[int, float], says: str) -> None:
+    def row(mode: str, batch: int, speedup: float) -> Row:
+        turns = {"tokens": 1, "tokens_per_s": 1.0, "tokens_per_s_turns": (1.0,), "accept_length": None}
+        return Row(mode=mode, batch=batch, speedup=speedup, same_responses=1.0, **turns)  # type: ignore[arg-type]
+
+    sizes = reversed(speedups.items())
+    rows = [row(mode, n, x) for n, speedup in sizes for mode, x in (("frozen", 0.5), ("cotrained", speedup))]
+    assert says in advice(rows)
