@@ -32,7 +32,7 @@ from miles_spec.live import LiveTable
 from miles_spec.rewards import Scorer
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.engine import Engine
-from miles_spec.rollout.speculation import CostModel, calibrate
+from miles_spec.rollout.speculation import Controller, CostModel, calibrate, time_blocks
 from miles_spec.serving import Serving, Weights
 from miles_spec.sync.session import Gathered, Syncer
 from miles_spec.sync.session import Weights as Sent
@@ -82,6 +82,8 @@ class Run:
     cost: CostModel | None
     """Of the engine without speculation; None in a run without a draft, which has none to compare with, and of joined
     servers."""
+    controller: Controller | None
+    """Of `draft.adaptive`; None without."""
     step: int
     """Steps done before, by the run that is resumed."""
     time_s: float
@@ -155,6 +157,17 @@ class Run:
         for name, tensor in self.trainer.weights("draft"):
             if own[name].data_ptr() != tensor.data_ptr():
                 own[name].copy_(tensor)
+
+    def adapt(self) -> dict[str, int]:
+        """Sets up to how many sequences together the engine drafts in the next rollout, as a metric; none without
+        `draft.adaptive`."""
+        if self.controller is None:
+            return {}
+        assert isinstance(self.engine, EmbeddedEngine)
+        most = self.controller.max_batch()
+        self.engine.set_draft_depth(self.config.draft.num_steps if most else 0)
+        self.engine.max_batch = most
+        return {"draft_max_batch": most}
 
     def push(self, *, self_test: bool = False) -> list[Receipt]:
         """Sends the trainer's weights to the engine; the receipts. With `self_test`, see `Syncer.self_test`.
@@ -351,11 +364,14 @@ def _assemble(
         engine.release()
     trainer = start_trainer(config, loaded, draft, ranks)
     losses: list[float] = []
+    accept_length: float | None = None
     if saved is not None:
         trainer.load_state(saved.tensors, saved.values["trainer"])
     elif draft is not None:
         for terms in _warm_start(trainer, plain, config, loaded.device, fit=draft.fresh):
             losses.append(terms.draft)
+            if "cotrained" in terms.acceptance:
+                accept_length = terms.acceptance["cotrained"].accept_length
             live.phase("warm start of the draft", len(losses), draft_config.warmup_steps)
         trainer.freeze_draft()
     trainer.trim()
@@ -368,6 +384,10 @@ def _assemble(
         assert isinstance(engine, EmbeddedEngine)
         engine.attach_draft(draft)
         engine.set_draft_depth(draft_config.num_steps)
+    controller = None
+    if draft is not None and draft_config.adaptive:
+        assert cost is not None
+        controller = Controller(cost, draft_config.num_steps, rollout.max_running, accept_length)
     run = Run(
         config=config,
         out=out,
@@ -383,6 +403,7 @@ def _assemble(
         shapes=shapes,
         syncer=syncer,
         cost=cost,
+        controller=controller,
         step=0 if saved is None else saved.step,
         time_s=0.0 if saved is None else saved.values["time_s"],
         warmup_losses=tuple(losses),
@@ -390,6 +411,9 @@ def _assemble(
     if serving is not None:
         serving.weights = run.weights
     run.push(self_test=True)
+    if controller is not None:
+        live.phase("timing blocks")
+        time_blocks(engine, controller, max((p.tokens for p in prompts), key=len))
     log.info("the engine serves version %d, verified", trainer.version)
     return run
 

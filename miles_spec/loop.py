@@ -66,6 +66,7 @@ def train(config: RunConfig) -> Path:
                     pushed = time.perf_counter()
                     run.sleep()
                     slept = time.perf_counter()
+                    adapted = run.adapt()
                     groups = sample(run, step + 1, live)
                     sampled = time.perf_counter()
                     run.release()
@@ -85,6 +86,7 @@ def train(config: RunConfig) -> Path:
                     metrics = {
                         "time_s": synced - begun,
                         **groups.metrics,
+                        **adapted,
                         **training_metrics(terms, trained - started, _counted(run, groups.metrics)),
                         **sync_metrics(receipts, synced - awake),
                         "seconds_memory": slept - pushed + started - sampled + awake - trained,
@@ -94,6 +96,8 @@ def train(config: RunConfig) -> Path:
                         **beside_training,
                         **beside_rollouts,
                     }
+                    if run.controller is not None:
+                        run.controller.accept_length = metrics.get("accept_length_cotrained")
                     shown = tuple(groups.samples[: config.tracking.samples])
                     report = StepReport(step=step, metrics=metrics, samples=shown)
                     # before the checkpoint: on resuming, a line too many is dropped, but one too few stays missing

@@ -65,6 +65,8 @@ def sample(run: Run, step: int, live: LiveTable) -> Groups:
     times, served = run.engine.take_times(), run.engine.versions()
     rows = rollout.max_running * max(1, len(run.engine.members()))
     times = replace(times, restarts=times.restarts + before.restarts)
+    if run.controller is not None:
+        run.controller.observe(times)
     drafting = run.draft is not None
     metrics = rollout_metrics([s for g in kept for s in g], times, generating, calls, run.cost, rows, drafting=drafting)
     metrics |= {"groups_dropped": dropped, "seconds_reward": scoring}

@@ -185,6 +185,19 @@ def _validate_servers(config: RunConfig, need: _Need) -> None:
         "SGLang cannot go without a draft for some batches under rejection sampling; set 0, or rollout.verify = "
         '"target"',
     )
+    adaptive = config.draft.enabled and config.draft.adaptive
+    need(
+        not (adaptive and served),
+        "draft.adaptive",
+        "an SGLang server cannot be told anew how many sequences to draft for; set false, and draft.max_batch",
+    )
+    need(not (adaptive and config.draft.max_batch), "draft.max_batch", "draft.adaptive chooses it; set 0")
+    need(
+        not (adaptive and rollout.rule == "rejection"),
+        "draft.adaptive",
+        "under rejection sampling responses would depend on the machine's speed; set false, or rollout.verify = "
+        '"target"',
+    )
     need(
         not rollout.urls or config.draft.max_batch == 0,
         "draft.max_batch",

@@ -83,6 +83,7 @@ class EmbeddedEngine:
         self._aborted: set[str] | None = set()
         self._running: list[Running] = []
         self._times = dict.fromkeys(("prefill_s", "draft_s", "verify_s", "other_s"), 0.0)
+        self._by_batch: dict[tuple[int, int], tuple[int, float]] = {}
         self._tokens = 0
         self._mark = 0.0
         self._rows = 0
@@ -129,12 +130,17 @@ class EmbeddedEngine:
                     self._tokens += len(completion.tokens)
                     if on_done is not None:
                         on_done(completion)
+                began, decoding = self._mark, 0
                 if waiting and len(self._running) < limit:
                     room = limit - len(self._running)
                     self._admit([waiting.popleft() for _ in range(min(room, len(waiting)))])
                 elif self._running:
+                    decoding = len(self._running)
                     self._step()
                 self._lap("other_s")
+                if decoding:
+                    steps, seconds = self._by_batch.get(kind := (decoding, self._depth_for(decoding)), (0, 0.0))
+                    self._by_batch[kind] = steps + 1, seconds + self._mark - began
         finally:
             self._running = []
         assert all(c is not None for c in done)
@@ -163,9 +169,10 @@ class EmbeddedEngine:
             verify_s=self._times["verify_s"],
             other_s=self._times["other_s"],
             tokens=self._tokens,
+            by_batch=self._by_batch,
         )
         self._times = dict.fromkeys(self._times, 0.0)
-        self._tokens = 0
+        self._tokens, self._by_batch = 0, {}
         return taken
 
     def release(self) -> None:

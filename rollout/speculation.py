@@ -1,9 +1,12 @@
-"""What decoding would cost without speculation: a cost model of one engine, calibrated on that engine.
+"""What decoding costs without speculation, and for how many sequences together a draft pays.
 
-The one claim it serves is `net_speedup`: measured tokens/s over the tokens/s this model gives for the same responses
-without a draft. How steps grow with the batch is timed step by step; how long they take, prefill and what else a server
-does beside them included, is fitted to a real plain rollout. Invariant: its error is measured on another one, and
-travels with every number made from it.
+The cost model is of one engine, calibrated on that engine. It serves `net_speedup`: measured tokens/s over the tokens/s
+this model gives for the same responses without a draft. How steps grow with the batch is timed step by step; how long
+they take, prefill and what else a server does beside them included, is fitted to a real plain rollout. Invariant: its
+error is measured on another one, and travels with every number made from it.
+
+The controller compares steps that the engine has taken, plain ones and blocks, with what the draft's accept length
+makes of them.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from itertools import pairwise
 from statistics import median
 
 from miles_spec.rollout.engine import Engine
-from miles_spec.types import Request, Sampling
+from miles_spec.types import EngineTimes, Request, Sampling
 
 _STEPS = 6
 """Decoding steps that one batch size is timed for at a time; fewer in a context that has no room."""
@@ -22,6 +25,8 @@ _SERVED_STEPS = 48
 """The same for an engine that does not tell prefill from decoding: the difference of two calls needs more of them."""
 _TURNS = 3
 """Times that each batch size is timed."""
+_FADE = 0.5
+"""What an earlier measurement of a step counts beside a new one of the same batch size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +109,7 @@ def calibrate(engine: Engine, prompt: Sequence[int], *, served: bool = False) ->
         times = engine.take_times()
         return times.verify_s + times.other_s
 
-    sizes = sorted({min(2**i, engine.max_running) for i in range(engine.max_running.bit_length() + 1)})
+    sizes = _sizes(engine)
     turns: dict[int, list[float]] = {size: [] for size in sizes}
     starts: dict[int, list[float]] = {size: [] for size in sizes}
     # sizes in turn, and the median over turns: a burst of other work on the machine spoils no size for good
@@ -118,3 +123,63 @@ def calibrate(engine: Engine, prompt: Sequence[int], *, served: bool = False) ->
     return CostModel(
         step_s=tuple((size, median(steps)) for size, steps in turns.items()), start_s=median(starts[sizes[-1]])
     )
+
+
+class Controller:
+    """Chooses up to how many sequences together an engine drafts, before each rollout."""
+
+    def __init__(self, plain: CostModel, depth: int, most: int, accept_length: float | None = None) -> None:
+        """`plain` are the engine's steps without a draft, `depth` the tokens that it drafts, `most` the sequences that
+        it decodes together."""
+        self.accept_length = accept_length
+        """Of the draft, as it was last estimated; None if it was not."""
+        self._depth, self._most = depth, most
+        self._seen: dict[int, dict[int, tuple[float, float]]] = {
+            0: {size: (1.0, seconds) for size, seconds in plain.step_s},
+            depth: {},
+        }
+        """By depth and batch size: steps, and their seconds; earlier ones have faded."""
+
+    def observe(self, times: EngineTimes) -> None:
+        """Takes up what the engine's steps took."""
+        for (batch, depth), (steps, seconds) in times.by_batch.items():
+            seen = self._seen[depth]
+            before_steps, before_s = seen.get(batch, (0.0, 0.0))
+            seen[batch] = _FADE * before_steps + steps, _FADE * before_s + seconds
+
+    def max_batch(self) -> int:
+        """The most sequences to draft for: up to there blocks save the largest part of the time, added up over batch
+        sizes. All of them as long as there is no accept length or no block was timed; 0 if a draft pays for none."""
+        if self.accept_length is None or not self._seen[self._depth]:
+            return self._most
+        plain, block = (self._model(depth) for depth in (0, self._depth))
+        best, most, saved = 0.0, 0, 0.0
+        for batch in range(1, self._most + 1):
+            saved += 1 - block.step_seconds(batch) / (self.accept_length * plain.step_seconds(batch))
+            if saved > best:
+                best, most = saved, batch
+        return most
+
+    def _model(self, depth: int) -> CostModel:
+        means = ((batch, seconds / steps) for batch, (steps, seconds) in self._seen[depth].items())
+        return CostModel(step_s=tuple(sorted(means)))
+
+
+def time_blocks(engine: Engine, controller: Controller, prompt: Sequence[int]) -> None:
+    """Has `controller` see blocks of `engine`, which must be set to draft, after `prompt`, cut to fit, at the batch
+    sizes of `calibrate`. Does nothing in a context without room."""
+    most = min(_STEPS * (engine.draft_depth + 1), engine.max_context - 2)
+    if most < 1:
+        return
+    sampling = Sampling(max_new_tokens=most, ignore_eos=True)
+    tokens = tuple(prompt[: engine.max_context - most])
+    for turn in range(_TURNS + 1):
+        for size in _sizes(engine):
+            engine.take_times()
+            engine.generate([Request(id=str(i), tokens=tokens, sampling=sampling, seed=i) for i in range(size)])
+            if turn:  # the first makes buffers and warms caches
+                controller.observe(engine.take_times())
+
+
+def _sizes(engine: Engine) -> list[int]:
+    return sorted({min(2**i, engine.max_running) for i in range(engine.max_running.bit_length() + 1)})

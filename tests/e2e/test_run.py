@@ -18,8 +18,8 @@ from miles_spec.config import RunConfig
 from miles_spec.loop import train
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
-ELSEWHERE = {"warmup_step", "gpu_gib_others", "gpu_gib_trainer", "gpu_gib_free"}
-"""In other lines, or on a GPU alone."""
+ELSEWHERE = {"warmup_step", "draft_max_batch", "gpu_gib_others", "gpu_gib_trainer", "gpu_gib_free"}
+"""In other lines or runs, or on a GPU alone."""
 
 
 def documented(section: str) -> set[str]:
