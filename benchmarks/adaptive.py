@@ -4,8 +4,8 @@
     python benchmarks/adaptive.py --running 8 32 --steps 6 ...   # with settings on top
 
 The same short run without a draft, with one for any number of sequences, and with `draft.adaptive`; what their rollouts
-made per second. The draft has hardly been trained when a run begins, so that it does not always pay. Responses are the
-same but for ties, and for what the draft's training changes in nothing: the policy is trained alike in all.
+made per second. The draft has hardly been trained when a run begins, so that it does not always pay. The policy is
+trained alike in all, and responses are the same but for ties.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from miles_spec.provenance import check, commit, write_result
 ROOT = Path(__file__).resolve().parents[1]
 RUN_FILE = ROOT / "examples" / "quickstart.toml"
 RESULT = ROOT / "benchmarks" / "results" / "adaptive.json"
-MODES = {"none": ["--draft.enabled", "False"], "always": [], "adaptive": ["--draft.adaptive"]}
+MODES = {"none": ["--draft.no-enabled"], "always": [], "adaptive": ["--draft.adaptive"]}
 LEAST = 0.98
 """Tokens per second, with `draft.adaptive` over without a draft."""
 

@@ -189,14 +189,13 @@ def _validate_servers(config: RunConfig, need: _Need) -> None:
     need(
         not (adaptive and served),
         "draft.adaptive",
-        "an SGLang server cannot be told anew how many sequences to draft for; set false, and draft.max_batch",
+        "an SGLang server keeps the number that it was started with; set false, and draft.max_batch",
     )
     need(not (adaptive and config.draft.max_batch), "draft.max_batch", "draft.adaptive chooses it; set 0")
     need(
         not (adaptive and rollout.rule == "rejection"),
         "draft.adaptive",
-        "under rejection sampling responses would depend on the machine's speed; set false, or rollout.verify = "
-        '"target"',
+        'under rejection sampling the machine\'s speed would change responses; set false, or rollout.verify = "target"',
     )
     need(
         not rollout.urls or config.draft.max_batch == 0,

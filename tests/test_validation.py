@@ -126,6 +126,17 @@ def test_good_configuration_passes() -> None:
             {"draft__max_batch": 8, "rollout__engine": "sglang", "rollout__urls": ("http://a:1",)},
             "draft.max_batch is 8: servers that run already draft as they were started; set 0",
         ),
+        (
+            {"draft__adaptive": True, "rollout__engine": "sglang"},
+            "draft.adaptive is True: an SGLang server keeps the number that it was started with; set false, and "
+            "draft.max_batch",
+        ),
+        ({"draft__adaptive": True, "draft__max_batch": 8}, "draft.max_batch is 8: draft.adaptive chooses it; set 0"),
+        (
+            {"draft__adaptive": True, "rollout__verify": "rejection"},
+            "draft.adaptive is True: under rejection sampling the machine's speed would change responses; set false, "
+            'or rollout.verify = "target"',
+        ),
         ({"draft__vocab_size": -1}, "draft.vocab_size is -1: give 0 or more"),
         ({"draft__ramp_steps": 0}, "draft.ramp_steps is 0: give 1 or more"),
         ({"draft__lr": -1.0}, "draft.lr is -1.0: give 0 or more"),

@@ -16,6 +16,7 @@ from miles_spec import cli
 from miles_spec.checkpoint import load_latest, steps
 from miles_spec.config import RunConfig
 from miles_spec.loop import train
+from miles_spec.rollout.speculation import Controller
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 ELSEWHERE = {"warmup_step", "draft_max_batch", "gpu_gib_others", "gpu_gib_trainer", "gpu_gib_free"}
@@ -136,3 +137,21 @@ def test_a_frozen_draft_serves_on(configure: Configure, rewards: ModuleType, tmp
 def test_the_run_keeps_a_log(finished: RunConfig) -> None:
     text = (Path(finished.out) / "run.log").read_text()
     assert "miles_spec.assemble: the engine serves version 0, verified" in text
+
+
+def test_how_many_to_draft_for_is_chosen_before_every_rollout(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First for none, then for all: what is sampled and learned is the same."""
+    train(configure(tmp_path / "plain", steps=2))
+    chosen = iter((0, 16))
+    monkeypatch.setattr(Controller, "max_batch", lambda self: next(chosen))
+    train(configure(tmp_path / "adaptive", steps=2, draft__adaptive=True))
+    plain, adaptive = lines(tmp_path / "plain"), lines(tmp_path / "adaptive")
+    assert [row["draft_max_batch"] for row in adaptive if "step" in row] == [0, 16]
+    assert [row["verify_steps"] > 0 for row in adaptive if "step" in row] == [False, True]
+    assert all("draft_max_batch" not in row for row in plain)
+    for ours, theirs in zip(adaptive, plain, strict=True):
+        assert ours.get("reward_mean") == theirs.get("reward_mean")
+        assert ours.get("response_tokens_mean") == theirs.get("response_tokens_mean")
+        assert ours["draft_loss"] == pytest.approx(theirs["draft_loss"], rel=1e-4)

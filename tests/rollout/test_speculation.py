@@ -6,14 +6,17 @@ import math
 from collections import deque
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import tiny_model
+from miles_spec.draft.modules import DraftHead
+from miles_spec.draft.spec import EAGLE
 from miles_spec.rollout import speculation
 from miles_spec.rollout.embedded import EmbeddedEngine
-from miles_spec.rollout.speculation import CostModel, calibrate
-from miles_spec.types import EngineTimes, Request
+from miles_spec.rollout.speculation import Controller, CostModel, calibrate, time_blocks
+from miles_spec.types import EngineTimes, Request, Sampling
 
 
 def simulated(cost: CostModel, lengths: list[int], rows: int) -> float:
@@ -131,3 +134,67 @@ def test_calibrated_on_a_real_engine() -> None:
     cost = calibrate(engine(), (5, 6, 7))
     assert [size for size, _ in cost.step_s] == [1, 2, 4, 6]
     assert all(0 < seconds < 1 for _, seconds in cost.step_s)
+
+
+DEPTH, MOST = 3, 32
+
+
+def controller(block_s: dict[int, float], accept_length: float | None = 2.0) -> Controller:
+    """Plain steps of 1 s at any size, and one block seen at each of some sizes."""
+    subject = Controller(CostModel(step_s=((1, 1.0), (MOST, 1.0))), DEPTH, MOST, accept_length)
+    subject.observe(EngineTimes(by_batch={(batch, DEPTH): (1, seconds) for batch, seconds in block_s.items()}))
+    return subject
+
+
+@pytest.mark.parametrize(
+    ("block_s", "accept_length", "most"),
+    [
+        ({1: 1.5, 32: 1.5}, 2.0, 32),  # always
+        ({1: 3.0, 32: 3.0}, 2.0, 0),  # never
+        ({1: 1.0, 31: 4.0}, 2.0, 11),  # 1 + 0.1 (b - 1) is 2 at 11, where nothing is won or lost
+        ({1: 1.0, 31: 4.0}, 3.0, 21),
+        ({1: 1.0, 8: 1.0, 9: 2.1, 10: 1.0, 16: 1.0, 17: 9.0, 32: 9.0}, 2.0, 16),  # one size that was disturbed
+        ({1: 3.0, 32: 3.0}, None, 32),  # nothing is known of the draft
+        ({}, 2.0, 32),  # or of its blocks
+    ],
+)
+def test_up_to_which_batch_a_draft_pays(block_s: dict[int, float], accept_length: float | None, most: int) -> None:
+    assert abs(controller(block_s, accept_length).max_batch() - most) <= (most in (11, 21))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0.1, 5.0), min_size=MOST, max_size=MOST), st.floats(1.0, 4.0))
+def test_no_other_number_saves_more(block_s: list[float], accept_length: float) -> None:
+    chosen = controller(dict(enumerate(block_s, 1)), accept_length).max_batch()
+    saved = [sum(1 - s / accept_length for s in block_s[:most]) for most in range(MOST + 1)]
+    assert saved[chosen] == pytest.approx(max(saved))
+
+
+def test_newer_steps_count_more() -> None:
+    subject = controller({1: 3.0, 32: 3.0})
+    assert subject.max_batch() == 0
+    for _ in range(4):
+        subject.observe(EngineTimes(by_batch={(1, DEPTH): (1, 1.0), (32, DEPTH): (1, 1.0)}))
+    assert subject.max_batch() == MOST
+    subject.observe(EngineTimes(by_batch={(32, 0): (1000, 10.0)}))  # plain steps have become far faster
+    assert subject.max_batch() < MOST
+
+
+def test_blocks_are_timed_by_the_number_of_sequences() -> None:
+    model = tiny_model()
+    draft = DraftHead.attach(model, EAGLE, None, torch.Generator().manual_seed(1))
+    engine = EmbeddedEngine(model, draft, depth=2, max_running=5, max_context=64)
+    engine.generate([Request(id=str(i), tokens=(3, 4), sampling=Sampling(max_new_tokens=9), seed=i) for i in range(5)])
+    times = engine.take_times()
+    assert all(depth == 2 and 1 <= batch <= 5 for batch, depth in times.by_batch)
+    assert sum(seconds for _, seconds in times.by_batch.values()) <= times.total_s
+    engine.max_batch = 2
+    engine.generate([Request(id=str(i), tokens=(3, 4), sampling=Sampling(max_new_tokens=9), seed=i) for i in range(5)])
+    assert {(batch > 2) for batch, depth in engine.take_times().by_batch if depth == 0} == {True}
+    assert engine.take_times().by_batch == {}
+    engine.max_batch = 0
+    subject = Controller(CostModel(step_s=((1, 1.0),)), 2, 5, 1.0)
+    time_blocks(engine, subject, tuple(range(3, 50)))
+    assert {1, 2, 4, 5} <= subject._seen[2].keys()
+    engine.max_context = 2
+    time_blocks(engine, subject, (3,))
