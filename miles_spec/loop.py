@@ -96,8 +96,8 @@ def train(config: RunConfig) -> Path:
                         **beside_training,
                         **beside_rollouts,
                     }
-                    if run.controller is not None:
-                        run.controller.accept_length = metrics.get("accept_length_cotrained")
+                    if run.controller is not None and "accept_length_cotrained" in metrics:
+                        run.controller.accept_length = metrics["accept_length_cotrained"]
                     shown = tuple(groups.samples[: config.tracking.samples])
                     report = StepReport(step=step, metrics=metrics, samples=shown)
                     # before the checkpoint: on resuming, a line too many is dropped, but one too few stays missing
