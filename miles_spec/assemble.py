@@ -158,16 +158,14 @@ class Run:
             if own[name].data_ptr() != tensor.data_ptr():
                 own[name].copy_(tensor)
 
-    def adapt(self) -> dict[str, int]:
-        """Sets up to how many sequences together the engine drafts in the next rollout, as a metric; none without
-        `draft.adaptive`."""
+    def adapt(self) -> dict[str, list[int]]:
+        """Sets how deep the engine drafts for how many sequences together in the next rollout, as a metric; none
+        without `draft.adaptive`."""
         if self.controller is None:
             return {}
         assert isinstance(self.engine, EmbeddedEngine)
-        most = self.controller.max_batch()
-        self.engine.set_draft_depth(self.config.draft.num_steps if most else 0)
-        self.engine.max_batch = most
-        return {"draft_max_batch": most}
+        self.engine.max_batches = self.controller.max_batches()
+        return {"draft_max_batch": list(self.engine.max_batches)}
 
     def push(self, *, self_test: bool = False) -> list[Receipt]:
         """Sends the trainer's weights to the engine; the receipts. With `self_test`, see `Syncer.self_test`.
@@ -387,7 +385,10 @@ def _assemble(
     controller = None
     if draft is not None and draft_config.adaptive:
         assert cost is not None
-        controller = Controller(cost, draft_config.num_steps, rollout.max_running, accept_length)
+        deepest = draft_config.num_steps
+        # layers for other depths would lack what shallower blocks leave out
+        depths = range(1, deepest + 1) if draft.layers == 1 else (deepest,)
+        controller = Controller(cost, depths, rollout.max_running, accept_length)
     run = Run(
         config=config,
         out=out,
@@ -412,6 +413,7 @@ def _assemble(
         serving.weights = run.weights
     run.push(self_test=True)
     if controller is not None:
+        assert isinstance(engine, EmbeddedEngine)
         live.phase("timing blocks")
         time_blocks(engine, controller, max((p.tokens for p in prompts), key=len))
     log.info("the engine serves version %d, verified", trainer.version)

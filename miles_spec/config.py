@@ -164,7 +164,8 @@ class DraftConfig:
     max_batch: int = 0
     """Speculate only while at most this many sequences decode together (on one server); 0 for always."""
     adaptive: bool = False
-    """Choose that number before every rollout, from measured seconds and acceptance; the embedded engine alone."""
+    """Choose that number, and the depth up to `num_steps` that goes with it, before every rollout, from measured
+    seconds and acceptance; the embedded engine alone."""
     vocab_size: int = 0
     """Draft over this many of the most frequent tokens; 0 for the whole vocabulary, or that of `path`."""
     train: bool = True

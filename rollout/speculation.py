@@ -1,4 +1,4 @@
-"""What decoding costs without speculation, and for how many sequences together a draft pays.
+"""What decoding costs without speculation, and how deep to draft for how many sequences together.
 
 The cost model is of one engine, calibrated on that engine. It serves `net_speedup`: measured tokens/s over the tokens/s
 this model gives for the same responses without a draft. How steps grow with the batch is timed step by step; how long
@@ -15,12 +15,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
+from typing import TYPE_CHECKING
 
 from miles_spec.rollout.engine import Engine
 from miles_spec.types import EngineTimes, Request, Sampling
 
+if TYPE_CHECKING:
+    from miles_spec.rollout.embedded import EmbeddedEngine
+
 _STEPS = 6
 """Decoding steps that one batch size is timed for at a time; fewer in a context that has no room."""
+_BLOCKS = 4
+"""The same for blocks, at least."""
 _SERVED_STEPS = 48
 """The same for an engine that does not tell prefill from decoding: the difference of two calls needs more of them."""
 _TURNS = 3
@@ -109,7 +115,7 @@ def calibrate(engine: Engine, prompt: Sequence[int], *, served: bool = False) ->
         times = engine.take_times()
         return times.verify_s + times.other_s
 
-    sizes = _sizes(engine)
+    sizes = sorted({min(2**i, engine.max_running) for i in range(engine.max_running.bit_length() + 1)})
     turns: dict[int, list[float]] = {size: [] for size in sizes}
     starts: dict[int, list[float]] = {size: [] for size in sizes}
     # sizes in turn, and the median over turns: a burst of other work on the machine spoils no size for good
@@ -126,60 +132,69 @@ def calibrate(engine: Engine, prompt: Sequence[int], *, served: bool = False) ->
 
 
 class Controller:
-    """Chooses up to how many sequences together an engine drafts, before each rollout."""
+    """Chooses how deep an engine drafts for how many sequences together, before each rollout."""
 
-    def __init__(self, plain: CostModel, depth: int, most: int, accept_length: float | None = None) -> None:
-        """`plain` are the engine's steps without a draft, `depth` the tokens that it drafts, `most` the sequences that
-        it decodes together."""
+    def __init__(self, plain: CostModel, depths: Sequence[int], most: int, accept_length: float | None = None) -> None:
+        """`plain` are the engine's steps without a draft, `depths` what it may draft, ascending, and `most` the
+        sequences that it decodes together."""
         self.accept_length = accept_length
-        """Of the draft, as it was last estimated; None if it was not."""
-        self._depth, self._most = depth, most
-        self._seen: dict[int, dict[int, tuple[float, float]]] = {
-            0: {size: (1.0, seconds) for size, seconds in plain.step_s},
-            depth: {},
-        }
+        """Of blocks of the largest depth, as it was last estimated; None if it was not."""
+        self.depths = tuple(depths)
+        self._most = most
+        self._seen: dict[int, dict[int, tuple[float, float]]] = {0: {size: (1.0, s) for size, s in plain.step_s}}
         """By depth and batch size: steps, and their seconds; earlier ones have faded."""
 
     def observe(self, times: EngineTimes) -> None:
         """Takes up what the engine's steps took."""
         for (batch, depth), (steps, seconds) in times.by_batch.items():
-            seen = self._seen[depth]
+            seen = self._seen.setdefault(depth, {})
             before_steps, before_s = seen.get(batch, (0.0, 0.0))
             seen[batch] = _FADE * before_steps + steps, _FADE * before_s + seconds
 
-    def max_batch(self) -> int:
-        """The most sequences to draft for: up to there blocks save the largest part of the time, added up over batch
-        sizes. All of them as long as there is no accept length or no block was timed; 0 if a draft pays for none."""
-        if self.accept_length is None or not self._seen[self._depth]:
-            return self._most
-        plain, block = (self._model(depth) for depth in (0, self._depth))
-        best, most, saved = 0.0, 0, 0.0
+    def max_batches(self) -> tuple[int, ...]:
+        """`[k]` up to how many sequences together to draft at least 1, 2, ... tokens, 0 for none: at each number of
+        sequences the depth with the least seconds per token, put in order so that more sequences never draft deeper.
+        All of them as long as there is no accept length or not every depth was timed."""
+        deepest = self.depths[-1]
+        if self.accept_length is None or not self._seen.keys() >= {*self.depths}:
+            return (self._most,) * deepest
+        worth = tokens_per_block(self.accept_length, deepest)
+        models = {depth: self._model(depth) for depth in (0, *self.depths)}
+        best = []
         for batch in range(1, self._most + 1):
-            saved += 1 - block.step_seconds(batch) / (self.accept_length * plain.step_seconds(batch))
-            if saved > best:
-                best, most = saved, batch
-        return most
+            _, depth = min((model.step_seconds(batch) / worth[depth], depth) for depth, model in models.items())
+            best.append(depth)
+        return tuple(sum(depth >= least for depth in best) for least in range(1, deepest + 1))
 
     def _model(self, depth: int) -> CostModel:
         means = ((batch, seconds / steps) for batch, (steps, seconds) in self._seen[depth].items())
         return CostModel(step_s=tuple(sorted(means)))
 
 
-def time_blocks(engine: Engine, controller: Controller, prompt: Sequence[int]) -> None:
-    """Has `controller` see blocks of `engine`, which must be set to draft, after `prompt`, cut to fit, at the batch
-    sizes of `calibrate`. Does nothing in a context without room."""
-    most = min(_STEPS * (engine.draft_depth + 1), engine.max_context - 2)
-    if most < 1:
-        return
-    sampling = Sampling(max_new_tokens=most, ignore_eos=True)
-    tokens = tuple(prompt[: engine.max_context - most])
-    for turn in range(_TURNS + 1):
-        for size in _sizes(engine):
-            engine.take_times()
-            engine.generate([Request(id=str(i), tokens=tokens, sampling=sampling, seed=i) for i in range(size)])
-            if turn:  # the first makes buffers and warms caches
-                controller.observe(engine.take_times())
+def tokens_per_block(accept_length: float, depth: int) -> list[float]:
+    """`[depth + 1]` expected tokens of blocks that draft 0, 1, ... `depth` tokens, if those of the last make
+    `accept_length` and each drafted token is accepted with one probability, given that those before it were."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**i for i in range(depth + 1)) < accept_length else (low, middle)
+    return [sum(low**i for i in range(n + 1)) for n in range(depth + 1)]
 
 
-def _sizes(engine: Engine) -> list[int]:
-    return sorted({min(2**i, engine.max_running) for i in range(engine.max_running.bit_length() + 1)})
+def time_blocks(engine: EmbeddedEngine, controller: Controller, prompt: Sequence[int]) -> None:
+    """Has `controller` see blocks of each of its depths, after `prompt`, cut to fit, at batch sizes 1, 4, 16, ... up to
+    `max_running`. Does nothing in a context without room."""
+    sizes = sorted({min(4**i, engine.max_running) for i in range(engine.max_running.bit_length() + 1)})
+    for depth in controller.depths:
+        most = min(_BLOCKS * (depth + 1), engine.max_context - 2)
+        if most < 1:
+            return
+        sampling = Sampling(max_new_tokens=most, ignore_eos=True)
+        tokens = tuple(prompt[: engine.max_context - most])
+        engine.max_batches = (engine.max_running,) * depth
+        for turn in range(_TURNS):
+            for size in sizes:
+                engine.take_times()
+                engine.generate([Request(id=str(i), tokens=tokens, sampling=sampling, seed=i) for i in range(size)])
+                if turn:  # the first makes buffers and warms caches
+                    controller.observe(engine.take_times())

@@ -139,16 +139,16 @@ def test_the_run_keeps_a_log(finished: RunConfig) -> None:
     assert "miles_spec.assemble: the engine serves version 0, verified" in text
 
 
-def test_how_many_to_draft_for_is_chosen_before_every_rollout(
+def test_how_deep_to_draft_for_how_many_is_chosen_before_every_rollout(
     tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """First for none, then for all: what is sampled and learned is the same."""
+    """First for none, then for some: what is sampled and learned is the same."""
     train(configure(tmp_path / "plain", steps=2))
-    chosen = iter((0, 16))
-    monkeypatch.setattr(Controller, "max_batch", lambda self: next(chosen))
+    chosen = iter(((0, 0), (16, 2)))
+    monkeypatch.setattr(Controller, "max_batches", lambda self: next(chosen))
     train(configure(tmp_path / "adaptive", steps=2, draft__adaptive=True))
     plain, adaptive = lines(tmp_path / "plain"), lines(tmp_path / "adaptive")
-    assert [row["draft_max_batch"] for row in adaptive if "step" in row] == [0, 16]
+    assert [row["draft_max_batch"] for row in adaptive if "step" in row] == [[0, 0], [16, 2]]
     assert [row["verify_steps"] > 0 for row in adaptive if "step" in row] == [False, True]
     assert all("draft_max_batch" not in row for row in plain)
     for ours, theirs in zip(adaptive, plain, strict=True):

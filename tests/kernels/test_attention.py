@@ -51,7 +51,10 @@ def test_packed_attention_stays_in_its_segment(lengths: list[int], width: int) -
         weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(2))
         (got * weight).sum().backward()
         (want * weight).sum().backward()
-        assert all(relative_error(a.grad, b.grad) < 1e-6 for a, b in zip(qkv, double, strict=True))
+        # where a segment is one token its queries and keys have no gradient, but for what rounding leaves
+        least = float(double[2].grad.norm())
+        for a, b in zip(qkv, double, strict=True):
+            assert float((a.grad - b.grad).norm()) < 1e-6 * max(float(b.grad.norm()), least)
 
 
 def test_the_values_say_which_precision_comes_out() -> None:

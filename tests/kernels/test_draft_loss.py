@@ -26,6 +26,8 @@ MIXES = {
     "all": Mix(ce=0.2, kl=0.7, reverse_kl=0.4, tv=1.5),
 }
 FULL, REDUCED, HIDDEN = 50, 30, 24
+VALUES, GRADIENTS = 2e-6, 4e-6
+"""Relative distance from float64 that float32 is allowed: processors add up in different orders."""
 
 
 def _inputs(n: int, *, reduced: bool = False, temperature: float = 1.0, seed: int = 0) -> dict[str, Tensor]:
@@ -94,7 +96,7 @@ def test_values_and_gradients(backend: Any, rule: VerifyRule, reduced: bool, mix
         **inputs, weights=weights, mix=MIXES[mix], rule=rule, temperature=0.8, backend=backend, chunk_rows=7
     )
     want = _oracle(inputs, rule, 0.8)
-    _compare(got, want, 1e-6)
+    _compare(got, want, VALUES)
     total = (weights.double() * losses.mixed(MIXES[mix], want)).sum()
     assert abs(float(got.total.detach() - total.detach())) < 1e-6 * float(
         losses.mixed(MIXES[mix], want).detach().abs().sum()
@@ -102,7 +104,7 @@ def test_values_and_gradients(backend: Any, rule: VerifyRule, reduced: bool, mix
     (a,) = torch.autograd.grad(3 * got.total, inputs["states"])
     (b,) = torch.autograd.grad(3 * total, want["states"])
     # `p - a` under `target` cancels digits of logits that are not small
-    assert relative_error(a, b) < 2e-6
+    assert relative_error(a, b) < GRADIENTS
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -157,7 +159,7 @@ def test_end_to_end_weights_of_blocks_that_share_teachers(
         chunk_rows=chunk_rows,
     )
     want = _oracle(full, rule)
-    _compare(got, want, 1e-6)
+    _compare(got, want, VALUES)
     accepts = (1 - want["tv"]).tolist()
     weights: list[float] = []
     for d in depths:
@@ -166,7 +168,7 @@ def test_end_to_end_weights_of_blocks_that_share_teachers(
     assert abs(float(got.total.detach() - total.detach())) < 1e-5 * repeat
     (a,) = torch.autograd.grad(got.total, states)
     (b,) = torch.autograd.grad(total, want["states"])
-    assert relative_error(a[rows], b) < 2e-6
+    assert relative_error(a[rows], b) < GRADIENTS
     unread = torch.ones(n + 4, dtype=torch.bool).index_fill_(0, rows, False)
     assert torch.equal(a[unread], torch.zeros(4, HIDDEN))
 
@@ -204,7 +206,7 @@ def test_two_rows_of_one_depth_may_have_one_teacher() -> None:
     chain = torch.tensor([0, 1, 0, 1, 0, 1])
     full = {**inputs, "teacher_hidden": inputs["teacher_hidden"][teacher_rows]}
     got = draft_loss(**inputs, teacher_rows=teacher_rows, chain=chain, depth=2, mix=Mix(kl=1), rule="target")
-    _compare(got, _oracle(full, "target"), 1e-6)
+    _compare(got, _oracle(full, "target"), VALUES)
 
 
 def test_teacher_rows_far_apart_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +218,7 @@ def test_teacher_rows_far_apart_are_read_one_by_one(monkeypatch: pytest.MonkeyPa
     shared = {**inputs, "teacher_hidden": inputs["teacher_hidden"][teacher_rows.argsort()]}
     got = draft_loss(**shared, teacher_rows=teacher_rows, mix=Mix(kl=1), rule="target", chunk_rows=4)
     assert max(memory) == 4 * FULL
-    _compare(got, _oracle(inputs, "target"), 1e-6)
+    _compare(got, _oracle(inputs, "target"), VALUES)
 
 
 def _noting(memory: list[int], real: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -238,11 +240,11 @@ def test_top_p_truncates_the_target(backend: Any, top_p: float) -> None:
     kept = [float((losses.nucleus(torch.softmax(x, 0), top_p) > 0).sum()) for x in _teacher(inputs)]
     assert min(kept) < FULL
     for name in ("ce", "kl", "tv", "overlap", "chosen", "entropy"):
-        assert relative_error(getattr(got, name), want[name]) < 1e-6, name
+        assert relative_error(getattr(got, name), want[name]) < VALUES, name
     assert got.reverse_kl.isinf().all()
     (a,) = torch.autograd.grad(got.total, inputs["states"])
     (b,) = torch.autograd.grad((want["kl"] + 0.5 * want["tv"]).sum(), want["states"])
-    assert relative_error(a, b) < 2e-6
+    assert relative_error(a, b) < GRADIENTS
 
 
 def _teacher(inputs: dict[str, Tensor]) -> Tensor:
@@ -264,7 +266,7 @@ def test_a_head_of_the_drafts_own_gets_a_gradient(backend: Any) -> None:
     teacher = inputs["teacher_hidden"].double() @ theirs.double().T
     rows = [losses.draft_row(w @ x[i], teacher[i], int(inputs["labels"][i]), "target") for i in range(9)]
     b = torch.autograd.grad(2 * sum(r.kl + 0.3 * r.tv for r in rows), (x, w))
-    assert all(relative_error(p, q) < 2e-6 for p, q in zip(a, b, strict=True))
+    assert all(relative_error(p, q) < GRADIENTS for p, q in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -364,7 +366,7 @@ def test_far_apart_distributions_stay_finite(backend: Any, rule: VerifyRule) -> 
     got.total.backward()
     assert all(getattr(got, f).isfinite().all() for f in FIELDS) and inputs["states"].grad.isfinite().all()
     want = _oracle(inputs, rule)
-    assert relative_error(got.kl, want["kl"]) < 1e-6 and relative_error(got.ce, want["ce"]) < 1e-6
+    assert relative_error(got.kl, want["kl"]) < VALUES and relative_error(got.ce, want["ce"]) < VALUES
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -456,7 +458,8 @@ def test_parts_of_the_vocabulary_merge(top_p: float, offset: float, monkeypatch:
     exact = [*(want[f] for f in FIELDS if f != "reverse_kl")]
     for values in results:
         # logits of 100 are less exact than others
-        assert all(relative_error(a, b) < (3e-5 if offset > 0 else 2e-6) for a, b in zip(values, exact, strict=False))
+        limit = 3e-5 if offset > 0 else GRADIENTS
+        assert all(relative_error(a, b) < limit for a, b in zip(values, exact, strict=False))
     assert relative_error(results[1][-1], results[0][-1]) < (3e-4 if offset > 0 else 5e-6)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from conftest import tiny_model
@@ -15,7 +16,7 @@ from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE
 from miles_spec.rollout import speculation
 from miles_spec.rollout.embedded import EmbeddedEngine
-from miles_spec.rollout.speculation import Controller, CostModel, calibrate, time_blocks
+from miles_spec.rollout.speculation import Controller, CostModel, calibrate, time_blocks, tokens_per_block
 from miles_spec.types import EngineTimes, Request, Sampling
 
 
@@ -137,13 +138,13 @@ def test_calibrated_on_a_real_engine() -> None:
 
 
 DEPTH, MOST = 3, 32
+PLAIN = CostModel(step_s=((1, 1.0), (MOST, 1.0)))
+"""Steps of 1 s at any size."""
 
 
-def controller(block_s: dict[int, float], accept_length: float | None = 2.0) -> Controller:
-    """Plain steps of 1 s at any size, and one block seen at each of some sizes."""
-    subject = Controller(CostModel(step_s=((1, 1.0), (MOST, 1.0))), DEPTH, MOST, accept_length)
-    subject.observe(EngineTimes(by_batch={(batch, DEPTH): (1, seconds) for batch, seconds in block_s.items()}))
-    return subject
+def seen(depth: int, block_s: dict[int, float]) -> EngineTimes:
+    """One block at each of some sizes."""
+    return EngineTimes(by_batch={(batch, depth): (1, seconds) for batch, seconds in block_s.items()})
 
 
 @pytest.mark.parametrize(
@@ -151,50 +152,76 @@ def controller(block_s: dict[int, float], accept_length: float | None = 2.0) -> 
     [
         ({1: 1.5, 32: 1.5}, 2.0, 32),  # always
         ({1: 3.0, 32: 3.0}, 2.0, 0),  # never
-        ({1: 1.0, 31: 4.0}, 2.0, 11),  # 1 + 0.1 (b - 1) is 2 at 11, where nothing is won or lost
-        ({1: 1.0, 31: 4.0}, 3.0, 21),
-        ({1: 1.0, 8: 1.0, 9: 2.1, 10: 1.0, 16: 1.0, 17: 9.0, 32: 9.0}, 2.0, 16),  # one size that was disturbed
+        ({1: 1.0, 31: 4.0}, 2.05, 11),  # 1 + 0.1 (b - 1) is 2 at 11
+        ({1: 1.0, 31: 4.0}, 3.05, 21),
+        ({1: 1.0, 8: 1.0, 9: 2.1, 10: 1.0, 16: 1.0, 17: 9.0, 32: 9.0}, 2.0, 15),  # one size that was disturbed
         ({1: 3.0, 32: 3.0}, None, 32),  # nothing is known of the draft
         ({}, 2.0, 32),  # or of its blocks
     ],
 )
 def test_up_to_which_batch_a_draft_pays(block_s: dict[int, float], accept_length: float | None, most: int) -> None:
-    assert abs(controller(block_s, accept_length).max_batch() - most) <= (most in (11, 21))
+    subject = Controller(PLAIN, [DEPTH], MOST, accept_length)
+    subject.observe(seen(DEPTH, block_s))
+    assert subject.max_batches() == (most,) * DEPTH
+
+
+@pytest.mark.parametrize("accept_length", [1.0, 1.5, 2.75, 4.0])
+def test_tokens_of_shallower_blocks(accept_length: float) -> None:
+    one, *more = tokens_per_block(accept_length, DEPTH)
+    assert one == 1 and more[-1] == pytest.approx(accept_length)
+    accepted = [b - a for a, b in pairwise([one, *more])]
+    rates = [b / a for a, b in pairwise([1.0, *accepted]) if a > 1e-6]
+    assert rates == pytest.approx([rates[0]] * len(rates), abs=1e-6)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.floats(0.1, 5.0), min_size=MOST, max_size=MOST), st.floats(1.0, 4.0))
-def test_no_other_number_saves_more(block_s: list[float], accept_length: float) -> None:
-    chosen = controller(dict(enumerate(block_s, 1)), accept_length).max_batch()
-    saved = [sum(1 - s / accept_length for s in block_s[:most]) for most in range(MOST + 1)]
-    assert saved[chosen] == pytest.approx(max(saved))
+@given(st.lists(st.lists(st.floats(0.1, 5.0), min_size=DEPTH, max_size=DEPTH), min_size=4, max_size=4), st.floats(1, 4))
+def test_each_size_has_the_depth_of_the_least_seconds_per_token(by_size: list[list[float]], length: float) -> None:
+    """Up to their order: where the best depths do not fall with the size they are put so."""
+    subject = Controller(PLAIN, range(1, DEPTH + 1), len(by_size), length)
+    for depth in range(1, DEPTH + 1):
+        subject.observe(seen(depth, {size: seconds[depth - 1] for size, seconds in enumerate(by_size, 1)}))
+    worth = tokens_per_block(length, DEPTH)
+    best = []
+    for seconds in by_size:
+        (least, depth), (second, _), *_ = sorted(
+            (s / w, k) for k, (s, w) in enumerate(zip([1.0, *seconds], worth, strict=True))
+        )
+        assume(second - least > 1e-9)
+        best.append(depth)
+    chosen = subject.max_batches()
+    assert list(chosen) == sorted(chosen, reverse=True)
+    got = [sum(size <= most for most in chosen) for size in range(1, len(by_size) + 1)]
+    assert got == sorted(best, reverse=True)
 
 
 def test_newer_steps_count_more() -> None:
-    subject = controller({1: 3.0, 32: 3.0})
-    assert subject.max_batch() == 0
+    subject = Controller(PLAIN, [DEPTH], MOST, 2.0)
+    subject.observe(seen(DEPTH, {1: 3.0, 32: 3.0}))
+    assert subject.max_batches() == (0,) * DEPTH
     for _ in range(4):
-        subject.observe(EngineTimes(by_batch={(1, DEPTH): (1, 1.0), (32, DEPTH): (1, 1.0)}))
-    assert subject.max_batch() == MOST
+        subject.observe(seen(DEPTH, {1: 1.0, 32: 1.0}))
+    assert subject.max_batches() == (MOST,) * DEPTH
     subject.observe(EngineTimes(by_batch={(32, 0): (1000, 10.0)}))  # plain steps have become far faster
-    assert subject.max_batch() < MOST
+    assert max(subject.max_batches()) < MOST
 
 
-def test_blocks_are_timed_by_the_number_of_sequences() -> None:
+def test_steps_are_timed_by_the_number_of_sequences_and_the_depth() -> None:
     model = tiny_model()
     draft = DraftHead.attach(model, EAGLE, None, torch.Generator().manual_seed(1))
     engine = EmbeddedEngine(model, draft, depth=2, max_running=5, max_context=64)
-    engine.generate([Request(id=str(i), tokens=(3, 4), sampling=Sampling(max_new_tokens=9), seed=i) for i in range(5)])
+    requests = [Request(id=str(i), tokens=(3, 4), sampling=Sampling(max_new_tokens=9), seed=i) for i in range(5)]
+    expected = [c.tokens for c in engine.generate(requests)]
     times = engine.take_times()
     assert all(depth == 2 and 1 <= batch <= 5 for batch, depth in times.by_batch)
     assert sum(seconds for _, seconds in times.by_batch.values()) <= times.total_s
-    engine.max_batch = 2
-    engine.generate([Request(id=str(i), tokens=(3, 4), sampling=Sampling(max_new_tokens=9), seed=i) for i in range(5)])
-    assert {(batch > 2) for batch, depth in engine.take_times().by_batch if depth == 0} == {True}
+    engine.max_batches = (4, 1)
+    assert [c.tokens for c in engine.generate(requests)] == expected
+    assert {(batch <= 4) + (batch <= 1) - depth for batch, depth in engine.take_times().by_batch} == {0}
     assert engine.take_times().by_batch == {}
-    engine.max_batch = 0
-    subject = Controller(CostModel(step_s=((1, 1.0),)), 2, 5, 1.0)
+    subject = Controller(CostModel(step_s=((1, 1.0),)), (1, 2), 5, 1.0)
     time_blocks(engine, subject, tuple(range(3, 50)))
-    assert {1, 2, 4, 5} <= subject._seen[2].keys()
+    assert all({1, 4, 5} <= subject._seen[depth].keys() for depth in (1, 2))
+    assert subject.max_batches() != (5, 5)  # a step of a second is not what was timed
     engine.max_context = 2
     time_blocks(engine, subject, (3,))
