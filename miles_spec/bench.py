@@ -65,6 +65,7 @@ def rollout(
     if config.rollout.urls:
         raise ValueError("bench rollout starts servers of its own, with and without a draft; take rollout.urls out")
     batches = batches or (SERVED_BATCHES if served else BATCHES)
+    config = replace(config, draft=replace(config.draft, adaptive=False))  # each size is timed at the full depth
     if served:
         config = _with_two_servers(config, max(batches))
     console = Console()

@@ -72,8 +72,8 @@ class EmbeddedEngine:
         self.rule = rule
         self.max_batch = max_batch
         self.max_batches: tuple[int, ...] = ()
-        """In place of `max_batch`: up to how many sequences at least 1, 2, ... tokens are drafted, descending and
-        `draft_depth` in number. A draft of several layers drafts `draft_depth` or nothing: all are equal."""
+        """In place of `max_batch`: up to how many sequences at least 1, 2, ... tokens are drafted, descending, and
+        `draft_depth` at most. A draft of several layers drafts `draft_depth` or nothing: all are equal."""
         self.max_running = max_running
         self.max_context = max_context
         self.chunk = prefill_chunk_tokens
@@ -376,7 +376,7 @@ class EmbeddedEngine:
 
     def _depth_for(self, batch: int) -> int:
         if self.max_batches:
-            return sum(batch <= most for most in self.max_batches)
+            return min(self.draft_depth, sum(batch <= most for most in self.max_batches))
         return self.draft_depth if not self.max_batch or batch <= self.max_batch else 0
 
     def _step(self) -> None:

@@ -184,11 +184,11 @@ def tokens_per_block(accept_length: float, depth: int) -> list[float]:
 def time_blocks(engine: EmbeddedEngine, controller: Controller, prompt: Sequence[int]) -> None:
     """Has `controller` see blocks of each of its depths, after `prompt`, cut to fit, at batch sizes 1, 4, 16, ... up to
     `max_running`. Does nothing in a context without room."""
+    if engine.max_context < 3:
+        return
     sizes = sorted({min(4**i, engine.max_running) for i in range(engine.max_running.bit_length() + 1)})
     for depth in controller.depths:
         most = min(_BLOCKS * (depth + 1), engine.max_context - 2)
-        if most < 1:
-            return
         sampling = Sampling(max_new_tokens=most, ignore_eos=True)
         tokens = tuple(prompt[: engine.max_context - most])
         engine.max_batches = (engine.max_running,) * depth
@@ -198,3 +198,4 @@ def time_blocks(engine: EmbeddedEngine, controller: Controller, prompt: Sequence
                 engine.generate([Request(id=str(i), tokens=tokens, sampling=sampling, seed=i) for i in range(size)])
                 if turn:  # the first makes buffers and warms caches
                     controller.observe(engine.take_times())
+    engine.max_batches = ()

@@ -15,13 +15,15 @@ from miles_spec.config import RunConfig
 from miles_spec.loop import train
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
 def test_a_finished_run(
-    finished: RunConfig, rewards: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adaptive: bool, finished: RunConfig, rewards: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = shutil.copytree(finished.out, tmp_path / "out")
     config, result = replace(finished, out=str(out)), tmp_path / "results" / "rollout.json"
     before = json.loads((out / "summary.json").read_text())
-    rows = bench.rollout(config, result, batches=(1, 3), turns=2)
+    asked = replace(config, draft=replace(config.draft, adaptive=adaptive))
+    rows = bench.rollout(asked, result, batches=(1, 3), turns=2)
     assert [(r.batch, r.mode) for r in rows] == [(b, m) for b in (1, 3) for m in ("plain", "frozen", "cotrained")]
     for row in rows:
         assert row.same_responses == 1.0

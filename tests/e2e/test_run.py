@@ -155,3 +155,4 @@ def test_how_deep_to_draft_for_how_many_is_chosen_before_every_rollout(
         assert ours.get("reward_mean") == theirs.get("reward_mean")
         assert ours.get("response_tokens_mean") == theirs.get("response_tokens_mean")
         assert ours["draft_loss"] == pytest.approx(theirs["draft_loss"], rel=1e-4)
+    assert cli.main(["report", str(tmp_path / "adaptive")]) == 0

@@ -219,8 +219,13 @@ def test_steps_are_timed_by_the_number_of_sequences_and_the_depth() -> None:
     assert [c.tokens for c in engine.generate(requests)] == expected
     assert {(batch <= 4) + (batch <= 1) - depth for batch, depth in engine.take_times().by_batch} == {0}
     assert engine.take_times().by_batch == {}
+    engine.set_draft_depth(0)  # as for a draft that did not verify: whatever pays, nothing is drafted
+    engine.generate(requests)
+    assert {depth for _, depth in engine.take_times().by_batch} == {0}
+    engine.set_draft_depth(2)
     subject = Controller(CostModel(step_s=((1, 1.0),)), (1, 2), 5, 1.0)
     time_blocks(engine, subject, tuple(range(3, 50)))
+    assert engine.max_batches == ()
     assert all({1, 4, 5} <= subject._seen[depth].keys() for depth in (1, 2))
     assert subject.max_batches() != (5, 5)  # a step of a second is not what was timed
     engine.max_context = 2
