@@ -54,6 +54,7 @@ BASE: dict[str, Any] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
+    "fa3-attention": {"attention_backend": "fa3"},  # what SGLang chooses by itself on Hopper
     "flashinfer-attention": {"attention_backend": "flashinfer"},
     "flashinfer-sampling": {"sampling_backend": "flashinfer"},
     "flashinfer": {"attention_backend": "flashinfer", "sampling_backend": "flashinfer"},
@@ -314,7 +315,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", type=int, nargs="+", default=list(range(8)), metavar="K", help="depths to measure")
     parser.add_argument("--variant-depths", type=int, nargs="+", default=[0, 3], metavar="K")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--backends", nargs="+", default=["triton", "flashinfer"], metavar="ATTENTION")
+    parser.add_argument("--backends", nargs="+", default=["triton", "fa3", "flashinfer"], metavar="ATTENTION")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=6, help="servers on the GPU at the same time")
