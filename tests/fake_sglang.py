@@ -32,6 +32,7 @@ ADMIN = {
     "/continue_generation",
     "/end_weight_update",
     "/flush_cache",
+    "/freeze_gc",
     "/pause_generation",
     "/release_memory_occupation",
     "/resume_memory_occupation",
@@ -376,6 +377,8 @@ class _Handler(BaseHTTPRequestHandler):
                     faults.flush_busy -= 1
                     return 400, "Flush cache failed. Pending requests: 1.\n"
                 return 200, "Cache flushed.\n"
+            case "/freeze_gc":
+                return 200, "Garbage collection frozen.\n"
             case "/update_weights_from_tensor":
                 if not faults.no_loader:
                     bells = [read_bell(serialized) for serialized in body["serialized_named_tensors"]]

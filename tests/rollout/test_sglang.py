@@ -21,7 +21,7 @@ from fake_sglang import COMMAND, FakeSGLang, serving
 from joined import SETTINGS, ask, during, joined, request, serve
 from miles_spec.rollout.engine import RemoteMember
 from miles_spec.rollout.sglang import SGLangServer
-from miles_spec.rollout.sglang_api import Keys
+from miles_spec.rollout.sglang_api import Api, Keys
 from miles_spec.rollout.sglang_args import ServerSettings
 from miles_spec.types import Completion, Request, RunError, Sampling
 
@@ -59,6 +59,21 @@ def test_a_started_server_answers_and_serves_nothing_yet(started: Callable[..., 
     server.stop()
     server.stop()
     assert not server.alive()
+
+
+def test_a_started_server_is_warm_before_its_garbage_collector_leaves_out_what_is_there(
+    started: Callable[..., SGLangServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    ask = Api.ask
+
+    def recorded(self: Api, path: str, *args: Any, **options: Any) -> str:
+        asked.append(path)
+        return ask(self, path, *args, **options)
+
+    monkeypatch.setattr(Api, "ask", recorded)
+    started().start()
+    assert asked[-2:] == ["/generate", "/freeze_gc"]
 
 
 def test_keys_are_in_no_argument_list_and_no_log(started: Callable[..., SGLangServer]) -> None:
