@@ -25,11 +25,12 @@ import matplotlib.pyplot as plt
 import torch
 
 from miles_spec import draft_training, models
-from miles_spec.assemble import context_tokens, embedded, sampling, seed_of
+from miles_spec.assemble import embedded
 from miles_spec.config import DataConfig, DraftConfig, ModelConfig, OfflineConfig, RolloutConfig, RunConfig, TrainConfig
 from miles_spec.data import make_source
 from miles_spec.draft.load import load
 from miles_spec.provenance import check, commit, write_result
+from miles_spec.requests import context_tokens, sampling, seed_of
 from miles_spec.train.packing import pack
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import Request, Sample, SpecCounts

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from miles_spec import models
-from miles_spec.assemble import context_tokens, embedded
+from miles_spec.assemble import embedded
 from miles_spec.config import DataConfig, DraftConfig, ModelConfig, OfflineConfig, RolloutConfig, RunConfig, TrainConfig
 from miles_spec.draft_data import first, sampled, split
 from miles_spec.draft_training import FIT_TOKENS
 from miles_spec.first_draft import fresh_draft
 from miles_spec.provenance import check, commit, write_result
+from miles_spec.requests import context_tokens
 from miles_spec.train.packing import pack
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import Sample

@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from miles_spec.draft.export import as_served, served_target, served_tensors
 from miles_spec.draft.modules import DraftHead
 from miles_spec.first_draft import first_draft, fresh_draft, given_draft
 from miles_spec.live import LiveTable
+from miles_spec.requests import check_context, context_tokens, sampling, seed_of
 from miles_spec.rewards import Scorer
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.engine import Engine
@@ -42,7 +42,7 @@ from miles_spec.train.megatron_args import MegatronArguments
 from miles_spec.train.packing import pack
 from miles_spec.train.ranks import Leader, Ranks
 from miles_spec.train.torch_trainer import TorchTrainer
-from miles_spec.types import Completion, LossTerms, Prompt, Receipt, Request, Role, Sample, Sampling
+from miles_spec.types import Completion, LossTerms, Prompt, Receipt, Request, Role, Sample
 
 if TYPE_CHECKING:
     from miles_spec.train.megatron import MegatronTrainer
@@ -439,38 +439,6 @@ def embedded(config: RunConfig, loaded: models.Loaded, max_context: int) -> Embe
 def untrained(loaded: models.Loaded) -> Weights:
     """What servers serve before there is a trainer."""
     return Weights(version=0, target=dict(served_target(loaded.model)))
-
-
-def context_tokens(config: RunConfig) -> int:
-    """Most tokens of a prompt and its response together."""
-    return config.rollout.max_context or config.data.max_prompt_tokens + config.rollout.max_new_tokens
-
-
-def sampling(config: RunConfig) -> Sampling:
-    """How the run samples."""
-    rollout = config.rollout
-    return Sampling(
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        max_new_tokens=rollout.max_new_tokens,
-        stop=rollout.stop,
-    )
-
-
-def seed_of(*parts: object) -> int:
-    """63 bits that depend on all `parts` and nothing else."""
-    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
-
-
-def check_context(max_context: int, model: Any) -> None:
-    """Raises `ValueError` if the model was not made for sequences that long."""
-    most = getattr(model.config, "max_position_embeddings", None)
-    if most is not None and max_context > most:
-        raise ValueError(
-            f"the context of {max_context} tokens (rollout.max_context, or data.max_prompt_tokens + "
-            f"rollout.max_new_tokens) is longer than the model's {most}; lower them"
-        )
 
 
 def _plain_rollouts(

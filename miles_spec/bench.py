@@ -18,11 +18,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from miles_spec import checkpoint
-from miles_spec.assemble import Run, assemble, in_one_process, sampling, seed_of
+from miles_spec.assemble import Run, assemble, in_one_process
 from miles_spec.config import RunConfig
 from miles_spec.draft.modules import DraftHead
 from miles_spec.live import LiveTable
 from miles_spec.provenance import check, write_result
+from miles_spec.requests import sampling, seed_of
 from miles_spec.rollout.bench import PLAIN, Row, advice, as_json, compare, embedded_modes
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.engine import Engine
@@ -78,7 +79,7 @@ def rollout(
         rows = measure(run, batches, turns, requests, lambda done, total: bar.update(task, completed=done, total=total))
     console.print(table(rows))
     if not config.draft.max_batch:
-        console.print(advice(rows))
+        console.print(advice(rows, served=served))
     (out / "bench.json").write_text(json.dumps(as_json(rows), indent=1) + "\n")
     summary_path = out / "summary.json"
     if summary_path.exists():

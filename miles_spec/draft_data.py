@@ -14,10 +14,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from miles_spec.assemble import sampling, seed_of
 from miles_spec.config import RunConfig
 from miles_spec.data import Record, check_template, column, make_source, read, tokenize
 from miles_spec.models import Loaded
+from miles_spec.requests import sampling, seed_of
 from miles_spec.rollout.engine import Engine
 from miles_spec.types import Completion, Prompt, Request, Sample, SpecCounts
 

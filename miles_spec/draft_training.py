@@ -24,7 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from miles_spec import checkpoint, models
-from miles_spec.assemble import check_context, context_tokens, embedded, untrained
+from miles_spec.assemble import embedded, untrained
 from miles_spec.config import RunConfig
 from miles_spec.draft.export import export
 from miles_spec.draft.modules import DraftHead
@@ -34,6 +34,7 @@ from miles_spec.drafts import check_written
 from miles_spec.first_draft import first_draft, given_draft
 from miles_spec.live import LiveTable
 from miles_spec.loop import due, interruptible, logged
+from miles_spec.requests import check_context, context_tokens
 from miles_spec.rollout.engine import Engine
 from miles_spec.serving import Serving
 from miles_spec.settings import dump

@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 
 from miles_spec import checkpoint, models
-from miles_spec.assemble import assemble, context_tokens, in_one_process
+from miles_spec.assemble import assemble, in_one_process
 from miles_spec.config import RunConfig
 from miles_spec.draft.export import export, served_target, served_tensors
 from miles_spec.draft.modules import DraftHead
 from miles_spec.live import LiveTable
+from miles_spec.requests import context_tokens
 from miles_spec.rollout import router
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.launch import ADMIN_KEY, API_KEY

@@ -45,15 +45,18 @@ class Row:
     same."""
 
 
-def advice(rows: Sequence[Row]) -> str:
-    """Up to which of the batch sizes the co-trained draft paid, and the setting for it."""
+def advice(rows: Sequence[Row], *, served: bool = False) -> str:
+    """Up to which of the batch sizes the co-trained draft paid, and the setting for it; `served` by SGLang or not."""
     speedups = sorted((row.batch, row.speedup) for row in rows if row.mode == "cotrained")
     paid = [batch for batch, _ in takewhile(lambda size: size[1] > 1, speedups)]
     if len(paid) == len(speedups):
         return "The draft pays at every size that was timed."
     if not paid:
         return "The draft does not pay even at the smallest size that was timed: train it longer, or go without."
-    return f"The draft pays up to {paid[-1]} sequences together: draft.max_batch = {paid[-1]} goes without it beyond."
+    found = f"The draft pays up to {paid[-1]} sequences together: draft.max_batch = {paid[-1]} goes without it beyond."
+    if not served:
+        return found
+    return f"{found} There a server's steps cost more than those of one that has no draft: time them with that setting."
 
 
 def compare(

@@ -214,8 +214,8 @@ class SGLangServer:
         Some kernels are compiled when a batch first needs them, such as those for batches of both kinds, which a probe
         of its health makes of any batch. For minutes it answers nothing then, and would pass for dead.
 
-        Python's garbage collector then leaves out what is there. It walked 0.7 million objects now and then, for 0.4 s
-        in which no token was made; newer versions of SGLang ask that of themselves.
+        Its processes' garbage collectors then leave out what is there: they would walk all of it now and then, while no
+        token is made. Newer versions of SGLang tell themselves.
         """
         both: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9, "top_k": 20}]
         size = {"max_new_tokens": WARM_UP_TOKENS, "ignore_eos": True}

@@ -97,3 +97,4 @@ def test_up_to_which_size_a_draft_pays(speedups: dict[int, float], says: str) ->
     sizes = reversed(speedups.items())
     rows = [row(mode, n, x) for n, speedup in sizes for mode, x in (("frozen", 0.5), ("cotrained", speedup))]
     assert says in advice(rows)
+    assert ("time them" in advice(rows, served=True)) == ("draft.max_batch" in says)

@@ -21,6 +21,10 @@ def test_greedy_with_speculation_equals_our_engine(host: Any, sampled: Any) -> N
         assert sum(theirs.spec.accepted) == sum(ours.spec.accepted)
 
 
+def test_a_server_takes_it_that_its_collector_leaves_out_what_it_began_with(host: Any) -> None:
+    assert '"POST /freeze_gc HTTP/1.1" 200 OK' in host.server._process.log.read_text()
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 6])
 def test_drafts_beyond_the_end_do_not_count(host: Any, sampled: Any, length: int) -> None:
     requests = sampled(max_new_tokens=length)
