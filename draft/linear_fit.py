@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from miles_spec.draft.fresh import norm_factor, set_norm
 from miles_spec.draft.modules import DraftHead
 from miles_spec.kernels.layout import PackedLayout
-from miles_spec.kernels.linear import vocab_rows
 from miles_spec.kernels.shift import draft_targets, shift
 
 RIDGE = 1e-3
@@ -54,14 +54,12 @@ class LinearFit:
         hidden: Tensor,
         tokens: Tensor,
         layout: PackedLayout,
-        group: dist.ProcessGroup | None = None,
     ) -> None:
         """All rows of a pack with a token after them, prompts included: `tokens` `[T]` int64, the target's `states`
-        `[T, S]` that the draft reads and `hidden` `[T, H]` after the final norm, `embed_weight` `[V, H]`, or with the
-        TP group `group` this rank's share of it."""
+        `[T, S]` that the draft reads and `hidden` `[T, H]` after the final norm, `embed_weight` `[V, H]`."""
         head = self._head
         targets = draft_targets(tokens, torch.zeros_like(tokens, dtype=torch.bool), layout, 1)
-        embed = vocab_rows(embed_weight, targets.inputs[0], group).to(states.dtype)
+        embed = F.embedding(targets.inputs[0], embed_weight).to(states.dtype)
         if head.spec.joins == "projection":
             x = head.join(embed[None], states[None], targets.positions)[0]
         else:

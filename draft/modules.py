@@ -16,14 +16,12 @@ from inspect import signature
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from miles_spec.draft.fresh import fill
 from miles_spec.draft.spec import DraftSpec
 from miles_spec.kernels.attention import NAME, Attend
-from miles_spec.kernels.linear import vocab_rows
 
 OWN_LAYERS = {"llama": ("llama",), "plain": ("llama", "mistral", "qwen2")}
 """`DraftSpec.layer` to the target's model types whose own layer it is; any other target's draft has a Llama's."""
@@ -192,21 +190,10 @@ class DraftHead(nn.Module):
         """`[Vd, H]` the LM head of the draft: its own, or detached rows of the target's `[V, H]`, a copy if reduced."""
         return self.target_rows(target_head_weight) if self.lm_head is None else self.lm_head.weight
 
-    @property
-    def shares_head(self) -> bool:
-        """Whether its LM head is the target's, whole: then both may be split over the vocabulary."""
-        return self.lm_head is None and self.vocab_ids is None
-
-    def target_rows(self, target_head_weight: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-        """`[Vd, H]` detached rows of the target's LM head `[V, H]` for the draft's vocabulary; a copy if reduced.
-
-        With `group`, a TP group, `[V / ranks, H]` is this rank's share, and so is the result if `shares_head`.
-        """
+    def target_rows(self, target_head_weight: Tensor) -> Tensor:
+        """`[Vd, H]` detached rows of the target's LM head `[V, H]` for the draft's vocabulary; a copy if reduced."""
         weight = target_head_weight.detach()
-        if self.vocab_ids is None and (group is None or self.shares_head):
-            return weight
-        ids = torch.arange(len(self.to_draft), device=weight.device) if self.vocab_ids is None else self.vocab_ids
-        return vocab_rows(weight, ids, group)
+        return weight if self.vocab_ids is None else weight[self.vocab_ids]
 
     @property
     def export_names(self) -> dict[str, str]:

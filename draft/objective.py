@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from miles_spec.draft.acceptance import Replay
@@ -62,7 +61,7 @@ class DraftRows:
         dtype: torch.dtype,
     ) -> DraftRows:
         """Of `tokens` `[T]` int64 and `loss_mask` `[T]` bool, for `depth` drafted tokens, a target of size `hidden` and
-        an LM head of `vocab` rows on this rank, both in `dtype`. Copies to the host a few times."""
+        an LM head of `vocab` rows, both in `dtype`. Copies to the host a few times."""
         targets = draft_targets(tokens, loss_mask, layout, depth)
         rows, depths = targets.mask.T.nonzero().unbind(1)
         at = targets.teacher[depths, rows]
@@ -118,15 +117,12 @@ def objective(
     ramp: float,
     rule: VerifyRule,
     temperature: float,
-    group: dist.ProcessGroup | None = None,
     given: DraftRows | None = None,
 ) -> DraftObjective:
     """Loss of `head` on a pack that the target has just been run over.
 
     `hidden` `[T, H]` after the final norm, `states` `[T, S]` that `head` reads, `embed_weight` `[V, H]` and
-    `target_head` `[Vd, H]` (`DraftHead.target_rows`): the target's, detached. With `group`, a TP group, the embedding
-    is this rank's share of the vocabulary, and so is `target_head` if the draft `shares_head`; all else is the same on
-    its ranks, as is what they return.
+    `target_head` `[Vd, H]` (`DraftHead.target_rows`): the target's, detached.
     `tokens` `[T]` int64, `loss_mask` `[T]` bool. `lse` and `logprobs` `[T]` float32 by row: log-sum-exp of the row's
     tempered logits, and the target's log-probability of the token that follows. `given` are the pack's `DraftRows`, of
     the same depth, sizes and dtype; left out, they are made here, which waits for the device. Nothing else does, unless
@@ -143,7 +139,7 @@ def objective(
             layout, tokens, loss_mask, depth=depth, hidden=size, vocab=vocab, dtype=target_head.dtype
         )
     targets, rows, depths = given.targets, given.rows, given.depths
-    unrolled = unroll(head, embed_weight, states, targets, layout, group=group, starts=given.starts)
+    unrolled = unroll(head, embed_weight, states, targets, layout, starts=given.starts)
     share = 0.0 if loss in ("ce", "kl") else 1.0 if loss == "tv" else ramp
     mix = Mix(ce=1) if loss == "ce" else Mix(kl=1 - share, tv=share)
     result = draft_loss(
@@ -161,7 +157,6 @@ def objective(
         label_logprob=extend(logprobs.detach(), layout)[given.taught][given.teacher],
         chain=depths,
         depth=depth,
-        group=group if head.shares_head else None,
         chunks=given.chunks,
     )
 

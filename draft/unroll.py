@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from miles_spec.draft.modules import DraftHead
@@ -25,7 +25,6 @@ from miles_spec.kernels.attention import Attend, PackedAttention, to_device
 from miles_spec.kernels.backend import Backend
 from miles_spec.kernels.chain_attention import ChainAttention
 from miles_spec.kernels.layout import PackedLayout
-from miles_spec.kernels.linear import vocab_rows
 from miles_spec.kernels.shift import DraftTargets
 
 
@@ -65,24 +64,22 @@ def unroll(
     targets: DraftTargets,
     layout: PackedLayout,
     backend: Backend = "auto",
-    group: dist.ProcessGroup | None = None,
     starts: Sequence[int] | None = None,
 ) -> Unrolled:
     """The draft's states at the depths of `targets`.
 
-    `embed_weight` `[V, H]`, or with the TP group `group` this rank's share of it, and `states` `[T, S]`, the target's
-    that `head` reads, must not require a gradient. A depth with a layer of its own runs every row, since prompts serve
-    as keys; a row without that token in its segment runs on whatever token its target names, and only rows that do not
-    count attend to it. Deeper depths run, of each piece, the rows from the first that counts to the end: one set for
-    all of them. `starts` are those `first_rows`; left out, they are found here, where a layer is applied again. What
-    rows that do not count return is finite and means nothing.
+    `embed_weight` `[V, H]` and `states` `[T, S]`, the target's that `head` reads, must not require a gradient. A depth
+    with a layer of its own runs every row, since prompts serve as keys; a row without that token in its segment runs on
+    whatever token its target names, and only rows that do not count attend to it. Deeper depths run, of each piece, the
+    rows from the first that counts to the end: one set for all of them. `starts` are those `first_rows`; left out, they
+    are found here, where a layer is applied again. What rows that do not count return is finite and means nothing.
     """
     assert not states.requires_grad and not embed_weight.requires_grad
     depths, size = targets.mask.shape
     layers = min(head.layers, depths)
 
     def run(depth: int, rows: Tensor | slice, before: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
-        embed = vocab_rows(embed_weight, targets.inputs[depth, rows], group)
+        embed = F.embedding(targets.inputs[depth, rows], embed_weight)
         after, out = head(embed[None], before[None], targets.positions[depth, rows][None], attend, depth + 1)
         return after[0], out[0]
 

@@ -48,7 +48,8 @@ class PackedLayout:
     `zigzag` pads each segment to a multiple of `2 * cp` and cuts it into as many chunks; rank `r` holds chunks `r` and
     `2 * cp - 1 - r` of every segment, segment after segment, so that causal attention costs all ranks the same.
     `contiguous` pads the last segment that is not empty until `cp` divides the pack, and cuts it into `cp` runs. With
-    one rank nothing is padded, and the pack is what it was.
+    one rank nothing is padded, and the pack is what it was. With several, a `divisor` pads as `divisor * cp` ranks
+    would.
     """
 
     lengths: tuple[int, ...]
@@ -71,6 +72,8 @@ class PackedLayout:
     """Ranks among which the pack is cut."""
     cp_group: dist.ProcessGroup | None
     """The ranks' group; None if there is one rank, or if rows are never exchanged."""
+    divisor: int
+    """Among how many ranks `finer` can cut each rank's rows."""
     halo: int
     """How many tokens beyond the end of each piece an exchange brings; 0 with one rank, where no piece has an end."""
 
@@ -105,11 +108,12 @@ class PackedLayout:
         cp_rank: int = 0,
         cp_size: int = 1,
         cp_group: dist.ProcessGroup | None = None,
+        divisor: int = 1,
     ) -> PackedLayout:
         """From segment lengths, equal on all ranks. Rank and size come from `cp_group` if it is given.
 
         Communicates nothing and never waits for the device. Raises `ValueError` for a negative length or halo, an
-        unknown sharding, or a rank that is not below the size.
+        unknown sharding, a rank that is not below the size, or a divisor below 1.
         """
         if any(n < 0 for n in lengths):
             raise ValueError(f"segment lengths must not be negative: {list(lengths)}")
@@ -121,8 +125,10 @@ class PackedLayout:
             cp_rank, cp_size = dist.get_rank(cp_group), dist.get_world_size(cp_group)
         if not 0 <= cp_rank < cp_size:
             raise ValueError(f"cp_rank must lie in 0..{cp_size - 1}, not {cp_rank}")
+        if divisor < 1:
+            raise ValueError(f"divisor must be at least 1: {divisor}")
         halo = halo if cp_size > 1 else 0
-        cut = _Cut.make(np.asarray(lengths, dtype=np.int64), sharding, cp_size)
+        cut = _Cut.make(np.asarray(lengths, dtype=np.int64), sharding, cp_size, divisor)
         swap = _Swap.make(cut, cp_rank, halo)
         runs = cut.runs(np.array([cp_rank]))
         sizes = runs.end - runs.start
@@ -152,6 +158,7 @@ class PackedLayout:
             cp_rank=cp_rank,
             cp_size=cp_size,
             cp_group=cp_group,
+            divisor=divisor,
             halo=halo,
             sent_entries=tuple(moved[len(host) :]),
             send_splits=swap.send_splits,
@@ -177,7 +184,7 @@ class PackedLayout:
     def pieces_of(self, rank: int) -> tuple[Piece, ...]:
         """What any rank holds, in the order of its rows; none is empty. Chunks that adjoin in a segment and in the rows
         are one piece. Arithmetic on the host."""
-        runs = _Cut.make(np.asarray(self.lengths, dtype=np.int64), self.sharding, self.cp_size).runs(np.array([rank]))
+        runs = self._cut().runs(np.array([rank]))
         columns = (x.tolist() for x in (runs.segment, runs.start, runs.end, runs.row))
         return tuple(Piece(segment=s, start=a, end=b, row=r) for s, a, b, r in zip(*columns, strict=True))
 
@@ -198,7 +205,7 @@ class PackedLayout:
             return x.detach()
         gathered = x.new_empty((self.cp_size * self.tokens, *x.shape[1:]))
         dist.all_gather_into_tensor(as_bytes(gathered), as_bytes(x.detach().contiguous()), group=self.group())
-        cut = _Cut.make(np.asarray(self.lengths, dtype=np.int64), self.sharding, self.cp_size)
+        cut = self._cut()
         segment = np.repeat(np.arange(len(self.lengths)), cut.lengths)
         rank, row = cut.home(segment, np.arange(len(segment)) - cut.offsets[segment])
         (index,) = _move([rank * cut.tokens + row], x.device)
@@ -214,7 +221,38 @@ class PackedLayout:
             cp_rank=self.cp_rank,
             cp_size=self.cp_size,
             cp_group=self.cp_group,
+            divisor=self.divisor,
         )
+
+    def finer(
+        self, rank: int, *, halo: int = 0, cp_group: dist.ProcessGroup | None = None
+    ) -> tuple[PackedLayout, Tensor]:
+        """The rows of rank `rank` of `divisor` that all hold this rank's rows, which share these as context-parallel
+        ranks share a pack; and `[T']` int64, which of this rank's rows each of them is, padding another row's copy.
+
+        `cp_group` are all `divisor * cp_size` ranks, those with the same rows side by side.
+        """
+        layout = PackedLayout.make(
+            self.lengths,
+            self.positions.device,
+            halo=halo,
+            sharding=self.sharding,
+            cp_rank=self.cp_rank * self.divisor + rank,
+            cp_size=self.cp_size * self.divisor,
+            cp_group=cp_group,
+        )
+        if self.cp_size == 1:
+            return layout, layout.source
+        pieces = layout.pieces
+        segment = np.repeat([p.segment for p in pieces], [p.end - p.start for p in pieces])
+        position = np.concatenate([np.arange(p.start, p.end) for p in pieces] or [np.empty(0, dtype=np.int64)])
+        holder, rows = self._cut().home(segment.astype(np.int64), position)
+        assert (holder == self.cp_rank).all()
+        (moved,) = _move([rows], self.positions.device)
+        return layout, moved
+
+    def _cut(self) -> _Cut:
+        return _Cut.make(np.asarray(self.lengths, dtype=np.int64), self.sharding, self.cp_size, self.divisor)
 
     def group(self) -> dist.ProcessGroup:
         """The group to exchange rows in. Raises `ValueError` if there is none."""
@@ -258,14 +296,14 @@ class _Cut(NamedTuple):
     """Rows of each rank."""
 
     @classmethod
-    def make(cls, lengths: Ints, sharding: Sharding, size: int) -> _Cut:
+    def make(cls, lengths: Ints, sharding: Sharding, size: int, divisor: int) -> _Cut:
         padded = lengths.copy()
         if size == 1:
             sharding = "contiguous"
         elif sharding == "zigzag":
-            padded += -lengths % (2 * size)
+            padded += -lengths % (2 * size * divisor)
         elif lengths.any():
-            padded[np.flatnonzero(lengths)[-1]] += -lengths.sum() % size
+            padded[np.flatnonzero(lengths)[-1]] += -lengths.sum() % (size * divisor)
         return cls(
             sharding=sharding,
             size=size,

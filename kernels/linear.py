@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from miles_spec.kernels.backend import jit, tl
@@ -119,19 +118,9 @@ def vocab_range(local: int, group: dist.ProcessGroup | None) -> tuple[int, int]:
     return first, first + local
 
 
-def vocab_rows(weight: Tensor, ids: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """`[..., H]`, rows `ids` `[...]` int64 of a weight over the vocabulary, without a gradient: an embedding's lookup.
-
-    With `group`, `weight` is this rank's share (`vocab_range`), ids are global, and every rank gets all rows.
-    """
-    weight = weight.detach()
-    if group is None:
-        return F.embedding(ids, weight)
-    first, last = vocab_range(len(weight), group)
-    here = (first <= ids) & (ids < last)
-    rows = F.embedding(torch.where(here, ids - first, 0), weight).masked_fill_(~here[..., None], 0)
-    dist.all_reduce(rows, group=group)
-    return rows
+def whole_vocab(weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`[V, H]` detached, a weight over the vocabulary of which each rank of `group` has its share (`vocab_range`)."""
+    return gather_states(weight.detach(), group).flatten(0, 1)
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:

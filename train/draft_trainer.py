@@ -62,8 +62,6 @@ class DraftTerms:
 class DraftRanks:
     """Whom one replica of the draft shares its work with; None where there is no other rank."""
 
-    vocab: dist.ProcessGroup | None = None
-    """The TP group: embedding and LM head are split, rows and replicas are alike."""
     rows: dist.ProcessGroup | None = None
     """Ranks with other rows: other packs, or other parts of the same. Gradients and sums are added over it."""
     packs: dist.ProcessGroup | None = None
@@ -143,12 +141,12 @@ class DraftTrainer:
                 raise ValueError(f"{name!r} differs: the checkpoint's draft is over another vocabulary than this run's")
 
     def fit(self, embed_weight: Tensor, lessons: Iterable[tuple[PackedBatch, Teacher]]) -> None:
-        """Starts a fresh draft from the best linear function of token and state (`LinearFit`); `embed_weight` `[V, H]`,
-        or this rank's share of it. All ranks call it, with their own lessons."""
+        """Starts a fresh draft from the best linear function of token and state (`LinearFit`); `embed_weight` `[V, H]`.
+        All ranks call it, with their own lessons."""
         found = LinearFit(self.draft)
         for batch, teacher in lessons:
             states, hidden = teacher.states.float(), teacher.hidden.float()
-            found.add(embed_weight.detach(), states, hidden, batch.tokens, batch.layout, self.ranks.vocab)
+            found.add(embed_weight.detach(), states, hidden, batch.tokens, batch.layout)
         found.finish(self.ranks.rows)
 
     def choose(self, count: int) -> list[int]:
@@ -159,15 +157,14 @@ class DraftTrainer:
 
     def rows(self, batch: PackedBatch) -> DraftRows:
         """What `Teacher` holds of it. Waits for the device: call it before anything is queued there."""
-        draft, group = self.draft, self.ranks.vocab
-        vocab = len(draft.to_draft) if draft.vocab_ids is None else len(draft.vocab_ids)
+        draft = self.draft
         return DraftRows.make(
             batch.layout,
             batch.tokens,
             batch.loss_mask,
             depth=self.config.draft.num_steps,
             hidden=draft.config.hidden_size,
-            vocab=vocab // group.size() if group is not None and draft.shares_head else vocab,
+            vocab=len(draft.to_draft) if draft.vocab_ids is None else len(draft.vocab_ids),
             dtype=self.dtype,
         )
 
@@ -181,8 +178,8 @@ class DraftTrainer:
         lr_scale: float = 1.0,
         updates: Sequence[int] = (),
     ) -> DraftStep:
-        """One step on the policy whose embedding and LM head `[V, H]`, or this rank's shares of them, are given; they
-        must not change before it ends. All ranks take it, however many micro-batches each has.
+        """One step on the policy whose embedding and LM head `[V, H]` are given; they must not change before it ends.
+        All ranks take it, however many micro-batches each has.
 
         The optimizer is updated at the end, and before that once so many micro-batches were added as `updates` says,
         ascending and the same on all ranks. Without `train` the step only estimates acceptance. A `warm` step is on KL
@@ -223,7 +220,7 @@ class DraftStep:
         updates: Sequence[int],
     ) -> None:
         self._owner, self._embed = owner, embed
-        self._head = owner.draft.target_rows(head, owner.ranks.vocab)
+        self._head = owner.draft.target_rows(head)
         self._train, self._warm, self._lr_scale = train, warm, lr_scale
         self._watch = Stopwatch(owner.device)
         self._kind: Loss = "kl" if warm else owner.config.draft.loss
@@ -343,7 +340,6 @@ class DraftStep:
             "ramp": owner.ramp,
             "rule": config.rollout.rule,
             "temperature": config.rollout.temperature or 1.0,
-            "group": owner.ranks.vocab,
             "given": teacher.rows,
         }
         arguments = (*given, teacher.lse, teacher.logprobs)

@@ -5,7 +5,8 @@ its data-parallel share of them and its context-parallel part of each. What a me
 
 The draft is replicated on the ranks of the last pipeline stage, where its objective runs on the detached states of the
 policy's own forward, right after it: Megatron's MTP block and loss are not used, so that nothing of the draft is in the
-policy's graph, and the same code trains a draft in every trainer.
+policy's graph, and the same code trains a draft in every trainer. Tensor-parallel ranks, which all have the states of
+the same rows, share these for the draft as context-parallel ranks do, each with the whole embedding and LM head.
 
 Invariants: nothing that the draft does reaches a weight, a gradient or a moment of the policy; how ranks are laid out
 changes a step by rounding alone.
@@ -33,6 +34,7 @@ from miles_spec.config import RunConfig
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.objective import DraftRows
 from miles_spec.kernels.layout import PackedLayout
+from miles_spec.kernels.linear import whole_vocab
 from miles_spec.kernels.logprob import LogProbs, logprob
 from miles_spec.models import stored_tensors
 from miles_spec.train import megatron_weights
@@ -53,6 +55,17 @@ WHICH = ("cotrained", "frozen")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Taught:
+    """What of this rank's rows of a micro-batch the draft learns from here."""
+
+    batch: PackedBatch
+    """As in `_Part`, with rows of its own."""
+    rows: DraftRows
+    take: Tensor | None
+    """int64, which of the part's rows they are; None where no other rank has them, for all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Part:
     """This rank's rows of a micro-batch."""
 
@@ -63,7 +76,7 @@ class _Part:
     """`[N]` int64, rows whose next token counts."""
     tokens: Tensor
     """`[N]` int64, which token of `whole` that is."""
-    taught: DraftRows | None = None
+    taught: _Taught | None = None
     """Where the draft is to learn from it."""
 
     def scatter(self, values: Tensor) -> Tensor:
@@ -71,7 +84,9 @@ class _Part:
         return values.new_zeros(self.batch.layout.tokens).index_copy_(0, self.rows, values)
 
 
-_Lesson = tuple[_Part, LogProbs, Teacher]
+_Lesson = tuple[PackedBatch, Teacher]
+_Given = tuple[_Part, LogProbs, _Lesson]
+"""A micro-batch, what the policy made of it, and what the draft is given of it."""
 
 
 class MegatronTrainer(Sleeper):
@@ -160,7 +175,7 @@ class MegatronTrainer(Sleeper):
                 tally.add(out, total.detach(), loss)
                 if draft is not None and part.taught is not None:
                     self.memory.at("the draft's forward and backward")
-                    draft.add(part.batch, self._teacher(part, part.taught, hidden, read, out))
+                    draft.add(*self._lesson(part, part.taught, hidden, read, out))
                 self.memory.at("the policy's backward")
                 return total, torch.ones((), dtype=torch.int, device=self.device), {}
 
@@ -205,10 +220,10 @@ class MegatronTrainer(Sleeper):
         """See `Trainer`. Raises `ValueError` without a draft."""
         self._need_draft()
         embedding = self._embedding()
-        lessons = [lesson for lesson in self._lessons(batches) if bool(lesson[0].whole.loss_mask.any())]
+        given = self._given(batches)
         if self.draft is not None:
             assert embedding is not None
-            self.draft.fit(embedding, ((part.batch, teacher) for part, _, teacher in lessons))
+            self.draft.fit(embedding, (lesson for part, _, lesson in given if bool(part.whole.loss_mask.any())))
 
     def warm_draft(self, batches: Sequence[PackedBatch], steps: int) -> Iterator[LossTerms]:
         """See `Trainer`; a step is on one micro-batch, whose data-parallel rank the others wait for. The policy's
@@ -223,10 +238,10 @@ class MegatronTrainer(Sleeper):
         if steps and not taught:
             raise ValueError("the draft cannot warm up: none of the responses has a token")
         with self.memory.told():
-            lessons = {id(lesson[0].whole): lesson for lesson in self._lessons(taught)} if steps else {}
+            given = {id(part.whole): (part, out, lesson) for part, out, lesson in self._given(taught)} if steps else {}
         for step in range(steps):
-            lesson = lessons.get(id(taught[step % len(taught)]))
-            mine = [] if lesson is None else [lesson]
+            one = given.get(id(taught[step % len(taught)]))
+            mine = [] if one is None else [one]
             yield self._draft_step(mine, train=True, warm=True, lr_scale=1 - step / steps)
 
     @guarded
@@ -235,14 +250,14 @@ class MegatronTrainer(Sleeper):
         `draft.loss`; of the terms only the draft's and the entropy are filled in. Raises `ValueError` without a draft.
         """
         self._need_draft()
-        return self._draft_step(self._lessons(batches), train=True, lr_scale=lr_scale)
+        return self._draft_step(self._given(batches), train=True, lr_scale=lr_scale)
 
     @guarded
     def estimate_draft(self, batches: Sequence[PackedBatch]) -> LossTerms:
         """The estimates of `LossTerms.acceptance` on all micro-batches, and the entropy. Raises `ValueError` without a
         draft."""
         self._need_draft()
-        return self._draft_step(self._lessons(batches), train=False)
+        return self._draft_step(self._given(batches), train=False)
 
     @guarded
     def freeze_draft(self) -> None:
@@ -365,12 +380,14 @@ class MegatronTrainer(Sleeper):
         if self.draft is None:
             return None
         assert embedding is not None
-        return self.draft.begin(embedding, self.policy.head_weight(), **how)
+        one = self.ranks.stages == 1 and self.policy.head_weight() is self.policy.embedding_weight()
+        head = embedding if one else whole_vocab(self.policy.head_weight(), self.ranks.tensor)
+        return self.draft.begin(embedding, head, **how)
 
     def _embedding(self) -> Tensor | None:
-        """`[V / tp, H]` this rank's share of the embedding on the last stage; None elsewhere."""
+        """`[V, H]` the embedding on the last stage; None elsewhere."""
         if self.ranks.stages == 1:
-            return self.policy.embedding_weight().detach()
+            return whole_vocab(self.policy.embedding_weight(), self.ranks.tensor)
         if not (self.ranks.first_stage or self.ranks.last_stage):
             return None
         if self.ranks.first_stage:
@@ -378,7 +395,7 @@ class MegatronTrainer(Sleeper):
         else:
             share = torch.empty_like(self.policy.head_weight())
         dist.broadcast(share, parallel_state.get_pipeline_model_parallel_first_rank(), group=self.ranks.embedding)
-        return share if self.ranks.last_stage else None
+        return whole_vocab(share, self.ranks.tensor) if self.ranks.last_stage else None
 
     def _parts(self, batches: Sequence[PackedBatch], *, every: bool) -> list[_Part]:
         share = divide(batches, self.ranks.data_size)[self.ranks.data_rank] if batches else []
@@ -386,21 +403,33 @@ class MegatronTrainer(Sleeper):
 
     def _part(self, whole: PackedBatch, *, every: bool) -> _Part:
         """Cut for this context-parallel rank; with `every`, all tokens count but the first of each segment."""
-        depth = self.config.draft.num_steps if self.has_draft else 0
-        layout = PackedLayout.make(whole.layout.lengths, self.device, halo=depth + 1, cp_group=self.ranks.context)
+        tensor = self.ranks.tensor
+        layout = PackedLayout.make(
+            whole.layout.lengths,
+            self.device,
+            halo=self._halo,
+            cp_group=self.ranks.context,
+            # without a draft too, so that its rows are the same
+            divisor=1 if tensor is None else tensor.size(),
+        )
         after = (layout.source + 1).clamp(max=len(whole.tokens) - 1)
         counts = layout.left > 0
         rows = (counts if every else counts & whole.loss_mask[after]).nonzero().squeeze(1)
-        nothing = torch.zeros(layout.tokens, device=self.device)
-        batch = PackedBatch(
-            layout=layout,
-            tokens=whole.tokens[layout.source],
-            loss_mask=whole.loss_mask[layout.source] & layout.real,
-            advantages=nothing,
-            rollout_logprobs=nothing,
-            weights=nothing,
-        )
-        return _Part(batch=batch, whole=whole, rows=rows, tokens=after[rows])
+        return _Part(batch=_rows_of(whole, layout), whole=whole, rows=rows, tokens=after[rows])
+
+    @property
+    def _halo(self) -> int:
+        """Rows beyond a piece that labels are found in."""
+        return 1 + (self.config.draft.num_steps if self.has_draft else 0)
+
+    def _taught(self, part: _Part, draft: DraftTrainer) -> _Taught:
+        """Waits for the device, as `DraftTrainer.rows` does."""
+        batch, take = part.batch, None
+        if self.ranks.tensor is not None:
+            rank, group = self.ranks.tensor_rank, self.ranks.pack
+            layout, take = batch.layout.finer(rank, halo=self._halo, cp_group=group)
+            batch = _rows_of(part.whole, layout)
+        return _Taught(batch=batch, rows=draft.rows(batch), take=take)
 
     def _run(
         self,
@@ -417,7 +446,7 @@ class MegatronTrainer(Sleeper):
         parts = self._parts(batches, every=every)
         if (draft := self.draft) is not None:
             parts = [
-                replace(part, taught=draft.rows(part.batch)) if i in teach else part for i, part in enumerate(parts)
+                replace(part, taught=self._taught(part, draft)) if i in teach else part for i, part in enumerate(parts)
             ]
         if not parts:
             return
@@ -454,24 +483,27 @@ class MegatronTrainer(Sleeper):
             group=self.ranks.tensor,
         )
 
-    def _teacher(self, part: _Part, rows: DraftRows, hidden: Tensor, read: Tensor, out: LogProbs) -> Teacher:
-        return Teacher(
-            rows=rows,
-            hidden=hidden.detach().to(self.dtype),
-            states=read.detach().to(self.dtype),
-            lse=part.scatter(out.lse.detach()),
-            logprobs=part.scatter(out.logprob.detach()),
+    def _lesson(self, part: _Part, taught: _Taught, hidden: Tensor, read: Tensor, out: LogProbs) -> _Lesson:
+        def mine(x: Tensor) -> Tensor:
+            return x if taught.take is None else x.index_select(0, taught.take)
+
+        return taught.batch, Teacher(
+            rows=taught.rows,
+            hidden=mine(hidden.detach().to(self.dtype)),
+            states=mine(read.detach().to(self.dtype)),
+            lse=mine(part.scatter(out.lse.detach())),
+            logprobs=mine(part.scatter(out.logprob.detach())),
         )
 
     @torch.no_grad()
-    def _lessons(self, batches: Sequence[PackedBatch]) -> list[_Lesson]:
+    def _given(self, batches: Sequence[PackedBatch]) -> list[_Given]:
         """What the draft learns from, on the last stage; elsewhere nothing."""
-        found: list[_Lesson] = []
+        found: list[_Given] = []
 
         def work(part: _Part, hidden: Tensor, read: Tensor) -> None:
             out = self._logprobs(part, hidden)
             assert part.taught is not None, "the draft is on the last stage"
-            found.append((part, out, self._teacher(part, part.taught, hidden, read, out)))
+            found.append((part, out, self._lesson(part, part.taught, hidden, read, out)))
 
         self._run(batches, work, teach=range(len(batches)))
         return found
@@ -479,7 +511,7 @@ class MegatronTrainer(Sleeper):
     @guarded
     def _draft_step(
         self,
-        lessons: Sequence[_Lesson],
+        given: Sequence[_Given],
         *,
         train: bool,
         warm: bool = False,
@@ -487,11 +519,11 @@ class MegatronTrainer(Sleeper):
     ) -> LossTerms:
         draft = self._begin(train=train, warm=warm, lr_scale=lr_scale)
         tally = Tally(self.device)
-        for part, out, teacher in lessons:
+        for part, out, lesson in given:
             self.memory.at("the draft's forward and backward", len(part.batch.tokens))
             tally.add(out)
             if draft is not None:
-                draft.add(part.batch, teacher)
+                draft.add(*lesson)
         return self._terms(tally, 0.0, draft)
 
     def _terms(self, tally: Tally, grad_norm: float, draft: DraftStep | None) -> LossTerms:
@@ -530,6 +562,19 @@ class MegatronTrainer(Sleeper):
         for name, parameter in named.items():
             parameter.copy_(weights[name])
         return before
+
+
+def _rows_of(whole: PackedBatch, layout: PackedLayout) -> PackedBatch:
+    """A token and its mask for each row of `layout`; nothing of the policy's loss."""
+    nothing = torch.zeros(layout.tokens, device=layout.source.device)
+    return PackedBatch(
+        layout=layout,
+        tokens=whole.tokens[layout.source],
+        loss_mask=whole.loss_mask[layout.source] & layout.real,
+        advantages=nothing,
+        rollout_logprobs=nothing,
+        weights=nothing,
+    )
 
 
 def _named(name: str, state: str) -> str:

@@ -34,9 +34,10 @@ class MegatronRanks:
         self.stages = parallel_state.get_pipeline_model_parallel_world_size()
         self.first_stage = parallel_state.is_pipeline_first_stage()
         self.last_stage = parallel_state.is_pipeline_last_stage()
+        self.pack = _shared(parallel_state.get_tensor_and_context_parallel_group())
+        """The ranks that have a pack between them, those with the same rows of it side by side."""
         self.of_draft = DraftRanks(
-            vocab=self.tensor,
-            rows=_shared(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+            rows=_shared(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
             packs=_shared(parallel_state.get_data_parallel_group()),
         )
         self.embedding = parallel_state.get_embedding_group(check_initialized=False)

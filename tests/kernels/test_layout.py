@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distributed import Ranks
 from miles_spec.kernels.layout import PackedLayout, Piece, Sharding
 from oracles import sharding as oracle
 
@@ -32,6 +34,38 @@ def test_rows_and_pieces_are_those_of_the_oracle(lengths: list[int], sharding: S
         assert PackedLayout.make(lengths, sharding=sharding, cp_rank=size - 1, cp_size=size).pieces_of(rank) == pieces
     counted = [sum(r.segment == s for rows in want for r in rows) for s in range(len(lengths))]
     assert list(PackedLayout.make(lengths, sharding=sharding, cp_size=size).padded) == counted
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=LENGTHS, sharding=SHARDINGS, size=st.sampled_from([1, 2, 3]), divisor=st.sampled_from([1, 2, 4]))
+def test_rows_that_are_cut_once_more(lengths: list[int], sharding: Sharding, size: int, divisor: int) -> None:
+    """Each of `divisor` ranks has the rows that it would have among `size * divisor`, and finds them among its own."""
+    for rank in range(size):
+        layout = PackedLayout.make(lengths, sharding=sharding, cp_rank=rank, cp_size=size, divisor=divisor)
+        found: list[int] = []
+        for part in range(divisor):
+            finer, take = layout.finer(part, halo=2)
+            at, of = rank * divisor + part, size * divisor
+            alone = PackedLayout.make(lengths, sharding=sharding, cp_rank=at, cp_size=of, halo=2)
+            for name in ("positions", "segments", "real", "source", "halo_rows", "send_rows"):
+                assert torch.equal(getattr(finer, name), getattr(alone, name))
+            assert (finer.cp_rank, finer.cp_size, finer.halo) == (alone.cp_rank, alone.cp_size, alone.halo)
+            assert torch.equal(layout.source[take], finer.source) and len(take) == finer.tokens
+            if size > 1:
+                assert torch.equal(layout.positions[take], finer.positions)
+            found += finer.source[finer.real].tolist()
+        assert sorted(found) == sorted(layout.source[layout.real].tolist())
+        assert layout.to("cpu").padded == layout.padded
+
+
+@pytest.mark.parametrize("divisor", [2, 4])
+def test_a_pack_that_may_be_cut_once_more_comes_back_whole(ranks: Ranks, divisor: int) -> None:
+    assert ranks.run(_whole_again, 2, divisor) == [list(range(12))] * 2
+
+
+def _whole_again(group: dist.ProcessGroup, divisor: int) -> list[int]:
+    layout = PackedLayout.make([5, 0, 7], cp_group=group, divisor=divisor)
+    return layout.unshard(layout.shard(torch.arange(12))).tolist()
 
 
 def test_one_rank_holds_the_pack_as_it_is() -> None:
@@ -76,6 +110,8 @@ def test_gradient_of_a_shard_skips_padding() -> None:
 
 
 def test_mistakes_are_refused() -> None:
+    with pytest.raises(ValueError, match="divisor must be at least 1: 0"):
+        PackedLayout.make([3], divisor=0)
     with pytest.raises(ValueError, match="must not be negative"):
         PackedLayout.make([3, -1])
     with pytest.raises(ValueError, match="halo must not be negative"):

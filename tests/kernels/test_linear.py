@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from distributed import Ranks
-from miles_spec.kernels.linear import Product, add_product, gather_states, vocab_range
+from miles_spec.kernels.linear import Product, add_product, gather_states, vocab_range, whole_vocab
 from oracles.numbers import relative_error
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -84,6 +84,20 @@ def test_states_come_in_the_order_of_ranks(ranks: Ranks, size: int, rows: int) -
     for rank, (got, shard) in enumerate(ranks.run(_gathered, size, rows)):
         assert np.array_equal(got, np.stack([state + 100 * r for r in range(size)]))
         assert shard == (5 * rank, 5 * rank + 5)
+
+
+def _whole(group: dist.ProcessGroup) -> np.ndarray:
+    start, end = vocab_range(3, group)
+    weight = torch.arange(24.0, requires_grad=True).view(12, 2)
+    whole = whole_vocab(weight[start:end], group)
+    assert not whole.requires_grad
+    return whole.numpy()
+
+
+def test_a_weight_is_put_together_from_its_shares(ranks: Ranks) -> None:
+    for size in (1, 4):
+        for got in ranks.run(_whole, size):
+            assert np.array_equal(got, np.arange(6.0 * size).reshape(-1, 2))
 
 
 def test_without_a_group() -> None:

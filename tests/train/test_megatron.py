@@ -377,19 +377,21 @@ def test_fewer_packs_than_ranks_and_nothing_to_learn_from() -> None:
 @pytest.mark.parametrize("more", [{}, RECOMPUTE], ids=["", "recomputed"])
 def test_a_draft_that_reads_states_between_the_layers(table: dict[str, Any], size: int, more: dict[str, Any]) -> None:
     model = _model("llama", layers=4)
-    trainer = TorchTrainer(
-        model, DraftHead.attach(model, EAGLE3, None, torch.Generator().manual_seed(1)), _run(), "cpu"
-    )
+    trainer = TorchTrainer(model, _aux_draft(model), _run(), "cpu")
     _, _, expected = _outcome(trainer, _packs())
     assert_near(megatron_cpu.run(_aux, {**table, **more}, size, {**table, **more})[0], expected, 1e-5)
+
+
+def _aux_draft(model: Any) -> DraftHead:
+    """With a head of its own, over every other token."""
+    return DraftHead.attach(model, EAGLE3, torch.arange(0, 64, 2), torch.Generator().manual_seed(1))
 
 
 def _aux(arguments: Any, table: Mapping[str, Any]) -> dict[str, Tensor]:
     from miles_spec.train.megatron import MegatronTrainer
 
     model = _model("llama", layers=4)
-    draft = DraftHead.attach(model, EAGLE3, None, torch.Generator().manual_seed(1))
-    trainer = MegatronTrainer(model, draft, replace(_run(), megatron=dict(table)), "cpu")
+    trainer = MegatronTrainer(model, _aux_draft(model), replace(_run(), megatron=dict(table)), "cpu")
     drafted = _outcome(trainer, _packs())[2]
     assert not trainer.policy._tapped  # or the last micro-batch's would stay while servers have the GPU
     return drafted
