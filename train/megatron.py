@@ -11,14 +11,12 @@ the same rows, share these for the draft as context-parallel ranks do, each with
 Invariants: nothing that the draft does reaches a weight, a gradient or a moment of the policy; how ranks are laid out
 changes a step by rounding alone.
 
-Dimensions: `T` tokens of a micro-batch, `R` rows of it on this rank, `N` of those that predict a sampled token, `H`
-hidden size, `V` vocabulary.
+Dimensions: `R` rows of a micro-batch on this rank, `H` hidden size, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -32,8 +30,6 @@ from transformers import PreTrainedModel
 
 from miles_spec.config import RunConfig
 from miles_spec.draft.modules import DraftHead
-from miles_spec.draft.objective import DraftRows
-from miles_spec.kernels.layout import PackedLayout
 from miles_spec.kernels.linear import whole_vocab
 from miles_spec.kernels.logprob import LogProbs, logprob
 from miles_spec.models import stored_tensors
@@ -44,6 +40,7 @@ from miles_spec.train.losses import packed_loss
 from miles_spec.train.megatron_args import MegatronArguments
 from miles_spec.train.megatron_model import build, initialize
 from miles_spec.train.megatron_optimizer import STATES, PolicyOptimizer
+from miles_spec.train.megatron_parts import Part
 from miles_spec.train.megatron_ranks import MegatronRanks
 from miles_spec.train.memory import GRADIENTS, Memory, Sleeper, guarded, held_by
 from miles_spec.train.packing import divide
@@ -54,38 +51,7 @@ WHICH = ("cotrained", "frozen")
 """Drafts whose acceptance is estimated."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Taught:
-    """What of this rank's rows of a micro-batch the draft learns from here."""
-
-    batch: PackedBatch
-    """As in `_Part`, with rows of its own."""
-    rows: DraftRows
-    take: Tensor | None
-    """int64, which of the part's rows they are; None where no other rank has them, for all."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Part:
-    """This rank's rows of a micro-batch."""
-
-    batch: PackedBatch
-    """With `R` rows: a token, and its mask, for each row; nothing of the policy's loss."""
-    whole: PackedBatch
-    rows: Tensor
-    """`[N]` int64, rows whose next token counts."""
-    tokens: Tensor
-    """`[N]` int64, which token of `whole` that is."""
-    taught: _Taught | None = None
-    """Where the draft is to learn from it."""
-
-    def scatter(self, values: Tensor) -> Tensor:
-        """`[R]` with `values` `[N]` at `rows` and 0 elsewhere."""
-        return values.new_zeros(self.batch.layout.tokens).index_copy_(0, self.rows, values)
-
-
-_Lesson = tuple[PackedBatch, Teacher]
-_Given = tuple[_Part, LogProbs, _Lesson]
+_Given = tuple[Part, LogProbs, tuple[PackedBatch, Teacher]]
 """A micro-batch, what the policy made of it, and what the draft is given of it."""
 
 
@@ -169,13 +135,13 @@ class MegatronTrainer(Sleeper):
         self.optimizer.zero()
         if any(bool(batch.loss_mask.any()) for batch in batches):
 
-            def work(part: _Part, hidden: Tensor, read: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            def work(part: Part, hidden: Tensor, read: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
                 out = self._logprobs(part, hidden)
                 total, loss = packed_loss(part.whole, part.tokens, out.logprob, train)
                 tally.add(out, total.detach(), loss)
                 if draft is not None and part.taught is not None:
                     self.memory.at("the draft's forward and backward")
-                    draft.add(*self._lesson(part, part.taught, hidden, read, out))
+                    draft.add(*part.lesson(hidden, read, out, self.dtype))
                 self.memory.at("the policy's backward")
                 return total, torch.ones((), dtype=torch.int, device=self.device), {}
 
@@ -200,7 +166,7 @@ class MegatronTrainer(Sleeper):
             raise ValueError("no reference model is kept; set train.kl_coef above 0")
         found = {id(batch): torch.zeros(len(batch.tokens), device=self.device) for batch in batches}
 
-        def work(part: _Part, hidden: Tensor, read: Tensor) -> None:
+        def work(part: Part, hidden: Tensor, read: Tensor) -> None:
             out = self._logprobs(part, hidden)
             if self.ranks.tensor_rank == 0 and id(part.whole) in found:
                 found[id(part.whole)][part.tokens] = out.logprob
@@ -397,44 +363,15 @@ class MegatronTrainer(Sleeper):
         dist.broadcast(share, parallel_state.get_pipeline_model_parallel_first_rank(), group=self.ranks.embedding)
         return whole_vocab(share, self.ranks.tensor) if self.ranks.last_stage else None
 
-    def _parts(self, batches: Sequence[PackedBatch], *, every: bool) -> list[_Part]:
+    def _parts(self, batches: Sequence[PackedBatch], *, every: bool) -> list[Part]:
         share = divide(batches, self.ranks.data_size)[self.ranks.data_rank] if batches else []
-        return [self._part(batch, every=every) for batch in share]
-
-    def _part(self, whole: PackedBatch, *, every: bool) -> _Part:
-        """Cut for this context-parallel rank; with `every`, all tokens count but the first of each segment."""
-        tensor = self.ranks.tensor
-        layout = PackedLayout.make(
-            whole.layout.lengths,
-            self.device,
-            halo=self._halo,
-            cp_group=self.ranks.context,
-            # without a draft too, so that its rows are the same
-            divisor=1 if tensor is None else tensor.size(),
-        )
-        after = (layout.source + 1).clamp(max=len(whole.tokens) - 1)
-        counts = layout.left > 0
-        rows = (counts if every else counts & whole.loss_mask[after]).nonzero().squeeze(1)
-        return _Part(batch=_rows_of(whole, layout), whole=whole, rows=rows, tokens=after[rows])
-
-    @property
-    def _halo(self) -> int:
-        """Rows beyond a piece that labels are found in."""
-        return 1 + (self.config.draft.num_steps if self.has_draft else 0)
-
-    def _taught(self, part: _Part, draft: DraftTrainer) -> _Taught:
-        """Waits for the device, as `DraftTrainer.rows` does."""
-        batch, take = part.batch, None
-        if self.ranks.tensor is not None:
-            rank, group = self.ranks.tensor_rank, self.ranks.pack
-            layout, take = batch.layout.finer(rank, halo=self._halo, cp_group=group)
-            batch = _rows_of(part.whole, layout)
-        return _Taught(batch=batch, rows=draft.rows(batch), take=take)
+        halo = 1 + (self.config.draft.num_steps if self.has_draft else 0)
+        return [Part.make(batch, self.ranks, self.device, halo=halo, every=every) for batch in share]
 
     def _run(
         self,
         batches: Sequence[PackedBatch],
-        work: Callable[[_Part, Tensor, Tensor], Any],
+        work: Callable[[Part, Tensor, Tensor], Any],
         *,
         train: bool = False,
         every: bool = False,
@@ -445,13 +382,11 @@ class MegatronTrainer(Sleeper):
         Megatron's does. From those that `teach` names, in the order of the schedule, the draft is to learn there."""
         parts = self._parts(batches, every=every)
         if (draft := self.draft) is not None:
-            parts = [
-                replace(part, taught=self._taught(part, draft)) if i in teach else part for i, part in enumerate(parts)
-            ]
+            parts = [part.taught_to(draft, self.ranks) if i in teach else part for i, part in enumerate(parts)]
         if not parts:
             return
 
-        def forward(parts: Iterator[_Part], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        def forward(parts: Iterator[Part], model: Any) -> tuple[Tensor, Callable[..., Any]]:
             part = next(parts)
             self.memory.at("the policy's forward" if train else "log-probabilities", len(part.batch.tokens))
             output = model(part.batch.tokens, part.batch.layout)
@@ -473,7 +408,7 @@ class MegatronTrainer(Sleeper):
             collect_non_loss_data=not train,
         )
 
-    def _logprobs(self, part: _Part, hidden: Tensor) -> LogProbs:
+    def _logprobs(self, part: Part, hidden: Tensor) -> LogProbs:
         """Of `part.tokens`, from the rows before."""
         return logprob(
             hidden.index_select(0, part.rows),
@@ -483,27 +418,14 @@ class MegatronTrainer(Sleeper):
             group=self.ranks.tensor,
         )
 
-    def _lesson(self, part: _Part, taught: _Taught, hidden: Tensor, read: Tensor, out: LogProbs) -> _Lesson:
-        def mine(x: Tensor) -> Tensor:
-            return x if taught.take is None else x.index_select(0, taught.take)
-
-        return taught.batch, Teacher(
-            rows=taught.rows,
-            hidden=mine(hidden.detach().to(self.dtype)),
-            states=mine(read.detach().to(self.dtype)),
-            lse=mine(part.scatter(out.lse.detach())),
-            logprobs=mine(part.scatter(out.logprob.detach())),
-        )
-
     @torch.no_grad()
     def _given(self, batches: Sequence[PackedBatch]) -> list[_Given]:
         """What the draft learns from, on the last stage; elsewhere nothing."""
         found: list[_Given] = []
 
-        def work(part: _Part, hidden: Tensor, read: Tensor) -> None:
+        def work(part: Part, hidden: Tensor, read: Tensor) -> None:
             out = self._logprobs(part, hidden)
-            assert part.taught is not None, "the draft is on the last stage"
-            found.append((part, out, self._lesson(part, part.taught, hidden, read, out)))
+            found.append((part, out, part.lesson(hidden, read, out, self.dtype)))
 
         self._run(batches, work, teach=range(len(batches)))
         return found
@@ -562,19 +484,6 @@ class MegatronTrainer(Sleeper):
         for name, parameter in named.items():
             parameter.copy_(weights[name])
         return before
-
-
-def _rows_of(whole: PackedBatch, layout: PackedLayout) -> PackedBatch:
-    """A token and its mask for each row of `layout`; nothing of the policy's loss."""
-    nothing = torch.zeros(layout.tokens, device=layout.source.device)
-    return PackedBatch(
-        layout=layout,
-        tokens=whole.tokens[layout.source],
-        loss_mask=whole.loss_mask[layout.source] & layout.real,
-        advantages=nothing,
-        rollout_logprobs=nothing,
-        weights=nothing,
-    )
 
 
 def _named(name: str, state: str) -> str:
