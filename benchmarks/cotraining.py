@@ -40,8 +40,8 @@ FASTER = 1.25
 DRAFTS = ("cotrained", "frozen")
 COUNTS = tuple(f"{count}_{draft}" for draft in DRAFTS for count in ("accepted_tokens", "verify_steps"))
 """What a run estimates of each draft."""
-RUN = ("reward_mean", "entropy", "accept_length", "tokens_per_s", "net_speedup", "draft_share", "gpu_gib_trainer")
-KEPT = ("step", *RUN, *COUNTS)
+SPEED = ("tokens_per_s", "net_speedup", "net_speedup_error")
+KEPT = ("step", "reward_mean", "entropy", "accept_length", *SPEED, "draft_share", "gpu_gib_trainer", *COUNTS)
 
 
 def main() -> None:
