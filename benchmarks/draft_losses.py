@@ -69,7 +69,7 @@ def main() -> None:
         rows += study.rows(loss)
         slowest = max(slowest, time.perf_counter() - started)
         print(loss, {row["rule"]: [round(n, 3) for n in row["accept_length"]] for row in rows[-len(RULES) :]})
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+        settings = {k: v for k, v in vars(options).items() if k != "work"}
         write_result(RESULT, "draft_losses", rows, checks(rows), commit=study.commit, settings=settings)
 
 
