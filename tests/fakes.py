@@ -206,6 +206,8 @@ class RemoteFake:
     """A member whose ranks, each with all weights, are processes of their own. `start` makes them, anew if need be.
 
     `on_command` sees each command before it is sent. Faults are those of `_serve`, of the last rank alone.
+    `timeout_s`, for an answer, is longer than a broadcast may take, as with servers: a rank that waits for a dead one's
+    says so before.
     """
 
     def __init__(
@@ -214,7 +216,7 @@ class RemoteFake:
         *,
         name: str = "remote",
         ranks: int = 1,
-        timeout_s: float = 20.0,
+        timeout_s: float = 60.0,
         devices: Sequence[str] = ("cpu",),
         **faults: Any,
     ) -> None:
