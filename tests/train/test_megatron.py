@@ -116,6 +116,7 @@ LAYOUTS: list[tuple[dict[str, Any], int]] = [
     ({TP: 2, "sequence_parallel": True}, 2),
     ({PP: 2}, 2),
     ({PP: 2, CP: 2}, 4),
+    ({PP: 2, TP: 2}, 4),
     ({TP: 2, CP: 2, "sequence_parallel": True}, 4),
 ]
 
