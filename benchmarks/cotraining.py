@@ -61,15 +61,17 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         out = folder / "run"
         own = ["--steps", str(options.steps), "--out", str(out)]
+        begins: float | None = None
         if options.general:
-            draft = general(load(options.run_file, settings), folder, options.general)
+            draft, begins = general(load(options.run_file, settings), folder, options.general)
             own += ["--draft.path", str(draft), "--draft.warmup-steps", "0", "--draft.vocab-size", "0"]
         call("train", str(options.run_file), *settings, *own, cwd=ROOT)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         steps = [{name: line.get(name) for name in KEPT} for line in lines if "step" in line]
         for row in steps:
             print(row)
-        more = {"general": options.general, "settings": settings, "by_step": steps, "commit": at}
+        more = {"general": options.general, "general_accept_length": begins}
+        more |= {"settings": settings, "by_step": steps, "commit": at}
         result = options.results / f"{options.name}.json"
         write_result(result, options.name, [], checks([], steps), left_out=["tokens/s: not timed yet"], **more)
         timed = bench.rollout(load(out / "config.toml"), None, batches=options.batches, requests=REQUESTS)
@@ -77,8 +79,8 @@ def main() -> None:
     write_result(result, options.name, rows, checks(rows, steps), **more)
 
 
-def general(config: RunConfig, folder: Path, steps: int) -> Path:
-    """Folder of a draft that never saw the run's prompts."""
+def general(config: RunConfig, folder: Path, steps: int) -> tuple[Path, float]:
+    """Folder of a draft that never saw the run's prompts, and its accept length on those that it is for."""
     data = DataConfig(
         source="benchmarks.draft_prompts:prompts",
         options={"tasks": "other", "size": 8 * steps},
@@ -97,7 +99,8 @@ def general(config: RunConfig, folder: Path, steps: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     run_file.write_text(dump(offline))
     call("draft", "train", str(run_file), cwd=ROOT)
-    return folder / "general" / "draft"
+    summary = json.loads((folder / "general" / "summary.json").read_text())
+    return folder / "general" / "draft", summary["accept_length_after"]
 
 
 def checks(rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
