@@ -85,6 +85,8 @@ class Seat:
     """Reason of the state."""
     seen_s: float = 0.0
     """When it last answered anything."""
+    started_s: float = 0.0
+    """When its process was last started again; what was asked before says nothing about it."""
     free_s: float = 0.0
     """It refused: it gets no request before."""
     refused_s: float = 0.0

@@ -161,7 +161,7 @@ class Health:
         wake = self._wake[seat.server.name]
         while True:
             if _asked(seat):
-                why, gone = "it says that it is not well", False
+                why, gone, asked_s = "it says that it is not well", False, time.monotonic()
                 try:
                     async with asyncio.timeout(self._dead_after_s / 4):
                         well = await seat.server.probe(call.http)
@@ -169,7 +169,7 @@ class Health:
                     # where nothing listens there may soon be another process, with other weights
                     gone = seat.server.joined and isinstance(error, aiohttp.ClientConnectorError)
                     well, why = False, f"it does not answer ({type(error).__name__}: {error})"
-                if _asked(seat):
+                if _asked(seat) and asked_s >= seat.started_s:
                     self._hear(seat, well, why, gone, call.version)
             wake.clear()
             await _passes(wake, self._probe_s)
@@ -228,6 +228,7 @@ class Health:
             else:
                 self.restarts += 1
                 seat.failures, seat.retry_s = 0, 0.0
+                seat.seen_s = seat.started_s = time.monotonic()
                 seat.enter("waiting for weights", "it has started again")
                 return
 

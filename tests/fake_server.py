@@ -100,7 +100,8 @@ class FakeServer:
     async def probe(self, http: aiohttp.ClientSession) -> bool:
         self.probes += 1
         self._reach()
-        while self.hung:
+        started = self.starts
+        while self.hung or self.starts != started:  # one that has died never answers
             await asyncio.sleep(0.005)
         return True
 

@@ -97,14 +97,54 @@ def test_a_server_that_hangs_is_restarted_and_its_late_answers_dropped(caplog: p
         victim.hung = victim.starts == 0
 
     victim.on_sent = hang
-    fleet = fleet_of([victim, other], dead_after_s=0.12)
+    fleet = fleet_of([victim, other], dead_after_s=0.4)
     with caplog.at_level(logging.INFO):
         complete(fleet, requests(20))
     # the other may have answered all before it is up again
     assert fleet.restarts <= victim.explained == 1 and 1 <= fleet.requeued <= MOST and not other.explained
     states = [r.getMessage().split(" is now ")[1].split(":")[0] for r in caplog.records if "'a' was" in r.getMessage()]
     assert states[:6] == ["serving", "suspect", "dead", "restarting", "waiting for weights", "serving"][: len(states)]
-    assert "it has not answered for 0.1" in caplog.text
+    assert "it has not answered for 0.4" in caplog.text
+
+
+def test_a_probe_of_the_process_that_died_says_nothing_about_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    victim, other = FakeServer("a", token_s=0.02), FakeServer("b", token_s=0.02)
+
+    def die(request: Request) -> None:
+        if victim.starts == 0 and not victim.hung:
+            victim.hung = True
+            asyncio.get_running_loop().call_later(0.1, victim.die)  # its probe is under way until 0.5 s after it began
+
+    victim.on_sent = die
+    fleet = fleet_of([victim, other], dead_after_s=2.0)
+    with caplog.at_level(logging.INFO):
+        complete(fleet, requests(60))
+    states = [r.getMessage().split(" is now ")[1].split(":")[0] for r in caplog.records if "'a' was" in r.getMessage()]
+    assert states == ["serving", "dead", "restarting", "waiting for weights", "serving"] and fleet.restarts == 1
+
+
+class Drowsy(FakeServer):
+    """Answers nothing for 0.2 s after its start."""
+
+    def start(self) -> None:
+        super().start()
+        self.hung = True
+        threading.Timer(0.2, setattr, (self, "hung", False)).start()
+
+
+def test_a_server_that_started_again_has_its_time_to_answer() -> None:
+    servers = [Drowsy("a"), Drowsy("b")]
+
+    def recover(server: Any) -> None:
+        time.sleep(0.4)  # the other waits meanwhile, and is asked
+        push(server)
+
+    for server in servers:
+        server.start_s = 1.0  # longer than a server may be silent
+        server.on_sent = lambda request, server=server: None if server.starts else server.die()  # type: ignore[misc]
+    fleet = fleet_of(servers, recover, dead_after_s=0.6)
+    complete(fleet, requests(8))
+    assert fleet.restarts == 2 and [s.starts for s in servers] == [1, 1]
 
 
 def test_a_suspect_keeps_its_requests_and_gets_no_new_ones() -> None:
