@@ -241,6 +241,7 @@ class PackedLayout:
             cp_size=self.cp_size * self.divisor,
             cp_group=cp_group,
         )
+        assert layout.cp_rank == self.cp_rank * self.divisor + rank, "cp_group has its ranks in another order"
         if self.cp_size == 1:
             return layout, layout.source
         pieces = layout.pieces

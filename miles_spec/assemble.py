@@ -23,9 +23,11 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # public,
 
 from miles_spec import checkpoint, models, processes
 from miles_spec.config import RunConfig
-from miles_spec.data import PromptSource, make_source
+from miles_spec.data import DataBuffer, PromptSource, make_source
 from miles_spec.draft.export import as_served, served_target, served_tensors
+from miles_spec.draft.load import inspect
 from miles_spec.draft.modules import DraftHead
+from miles_spec.draft.spec import FAMILIES
 from miles_spec.first_draft import first_draft, fresh_draft, given_draft
 from miles_spec.live import LiveTable
 from miles_spec.requests import check_context, context_tokens, sampling, seed_of
@@ -34,6 +36,7 @@ from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.engine import Engine
 from miles_spec.rollout.speculation import Controller, CostModel, calibrate, time_blocks
 from miles_spec.serving import Serving, Weights
+from miles_spec.sync.collective import without_cumem
 from miles_spec.sync.session import Gathered, Syncer
 from miles_spec.sync.session import Weights as Sent
 from miles_spec.sync.transports import InProcess
@@ -86,15 +89,18 @@ class Run:
     """Of `draft.adaptive`; None without."""
     step: int
     """Steps done before, by the run that is resumed."""
+    halved_budget: Sequence[int] | None
+    """`TokenBudget.halved` of that run."""
     time_s: float
     """Wall time they took."""
     warmup_losses: tuple[float, ...]
     """The draft's loss at each step of its warm start; empty when resumed."""
 
-    def save(self, step: int, cursor: dict[str, Any], time_s: float) -> Path:
-        """Writes the checkpoint of `step`, reached in `time_s`, after which the data goes on at `cursor`."""
+    def save(self, step: int, cursor: dict[str, Any], time_s: float, halved: Sequence[int] | None) -> Path:
+        """Writes the checkpoint of `step`, reached in `time_s`, after which the data goes on at `cursor`; `halved` is
+        that of the `TokenBudget`."""
         trainer, keep = self.trainer, self.config.checkpoint.keep
-        values = {"trainer": trainer.state_values(), "source": cursor, "time_s": time_s}
+        values = {"trainer": trainer.state_values(), "source": cursor, "time_s": time_s, "halved_budget": halved}
         return checkpoint.save(self.out, step, trainer.state_tensors(), values, keep=keep)
 
     def pieces(self, sample: Sample) -> list[str]:
@@ -213,17 +219,33 @@ class Run:
 def join(config: RunConfig) -> Ranks | None:
     """The ranks of a run of several processes, of which this is one; None for a run of one.
 
-    Raises `ValueError` if the run cannot have so many, if they were not started, or if `[megatron]` does not fit them.
+    Raises `ValueError` if the run cannot have so many, if they were not started, or if `[megatron]` does not fit them
+    or the model.
     """
     if config.train.backend == "megatron":
-        if importlib.util.find_spec("megatron") is None:
-            raise ValueError('train.backend = "megatron" needs megatron-core: pip install "miles-spec[megatron]"')
-        MegatronArguments.make(config.megatron, processes.count(config))
+        _check_megatron(config)
+    if config.rollout.engine == "sglang":
+        without_cumem()
     if processes.count(config) == 1:
         return None
     if "RANK" not in os.environ:
         raise ValueError(f"train.ranks is {config.train.ranks}, and this is one process; start `miles-spec train`")
     return Ranks.join(config.model.device)
+
+
+def _check_megatron(config: RunConfig) -> None:
+    if importlib.util.find_spec("megatron") is None:
+        raise ValueError('train.backend = "megatron" needs megatron-core: pip install "miles-spec[megatron]"')
+    arguments = MegatronArguments.make(config.megatron, processes.count(config))
+    arguments.check(models.configuration(config.model))
+    draft = config.draft
+    if draft.enabled and arguments.pp > 1:
+        family = inspect(Path(draft.path).expanduser()).family if draft.path else draft.fresh_family
+        if FAMILIES[family].reads == "aux":
+            raise ValueError(
+                f"a draft of family {family} reads states between the layers, so it needs them all in one pipeline "
+                "stage; set pipeline_model_parallel_size = 1"
+            )
 
 
 def in_one_process(config: RunConfig) -> RunConfig:
@@ -241,7 +263,9 @@ def make_trainer(
         if not dist.is_initialized():
             kind = "nccl" if loaded.device.type == "cuda" else "gloo"
             dist.init_process_group(kind, store=HashStore(), rank=0, world_size=1)
-        return MegatronTrainer(loaded.model, draft, config, loaded.device, loaded.dtype)
+        # nothing but the embedded engine goes on with the model as it is
+        spare = config.rollout.engine == "sglang" or (ranks is not None and ranks.rank > 0)
+        return MegatronTrainer(loaded.model, draft, config, loaded.device, loaded.dtype, consume=spare)
     if ranks is None:
         return TorchTrainer(loaded.model, draft, config, loaded.device, loaded.dtype)
     # the embedded engine goes on with the model as it is, whole
@@ -292,6 +316,8 @@ def assemble(config: RunConfig, live: LiveTable, ranks: Ranks | None = None) -> 
     live.phase("loading the model")
     loaded = models.load(config.model)
     source = make_source(config.data, loaded.tokenizer, config.seed)
+    if isinstance(source, DataBuffer):  # what the user's own source gives is seen when it comes
+        scorer.check(source.prompts)
     saved = checkpoint.load_latest(out) if config.checkpoint.resume else None
     if not config.checkpoint.resume and checkpoint.steps(out):
         raise ValueError(f"{out} holds checkpoints of an earlier run; set checkpoint.resume, or choose another `out`")
@@ -406,6 +432,7 @@ def _assemble(
         cost=cost,
         controller=controller,
         step=0 if saved is None else saved.step,
+        halved_budget=None if saved is None else saved.values.get("halved_budget"),
         time_s=0.0 if saved is None else saved.values["time_s"],
         warmup_losses=tuple(losses),
     )

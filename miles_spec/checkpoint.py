@@ -9,7 +9,8 @@ Invariant: whatever moment the process or the machine dies at, every visible fol
 was newest before the write, or the new one, can be loaded.
 
 Hidden names: `.step_000012.tmp` is a write or a removal that has not ended and is swept away by the next `save`;
-`.step_000012.old` is a checkpoint about to be replaced by one of the same step, and is put back if that did not come.
+`.step_000012.old` is a checkpoint about to be replaced by one of the same step, and counts as that as long as it does
+not come. Only `save` changes anything: whoever reads may do so while another process writes.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def steps(out: Path) -> list[int]:
     root = out / "checkpoints"
     if not root.is_dir():
         return []
-    return sorted(int(m[1]) for p in root.iterdir() if (m := re.fullmatch(r"step_(\d{6,})", p.name)))
+    names = (re.fullmatch(r"step_(\d{6,})|\.step_(\d{6,})\.old", path.name) for path in root.iterdir())
+    return sorted({int(name[1] or name[2]) for name in names if name})
 
 
 def save(out: Path, step: int, tensors: Iterable[tuple[str, Tensor]], values: Mapping[str, Any], *, keep: int) -> Path:
@@ -137,14 +139,12 @@ def load_latest(out: Path) -> Checkpoint | None:
     Raises `ValueError` for a corrupt one, saying what removing it leads to: to go on from an older checkpoint repeats
     steps, so that is the user's to decide.
     """
-    root = out / "checkpoints"
-    if not root.is_dir():
-        return None
-    _recover(root)
     found = steps(out)
     if not found:
         return None
-    path = root / f"step_{found[-1]:06d}"
+    path = out / "checkpoints" / f"step_{found[-1]:06d}"
+    if not path.exists():
+        path = path.with_name(f".{path.name}.old")
     try:
         return load(path)
     except ValueError as error:

@@ -64,10 +64,10 @@ class RewardConfig:
     kind: str = "exact"
     """`exact`, `math_verify`, `reasoning_gym`, or `pkg.mod:function`."""
     extract: str = ""
-    """Regular expression whose first group is the answer in the response (the last match counts); "" takes it all. A
-    response without a match scores 0."""
+    """Regular expression (of the module `regex`) whose first group is the answer in the response (the last match
+    counts); "" takes it all. A response without a match scores 0."""
     timeout_s: float = 30.0
-    """For one call of a reward function."""
+    """For one call of a reward function, and for `extract` on one response."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,7 @@ class RolloutConfig:
     prompts_per_step: int = 8
     samples_per_prompt: int = 8
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 is greedy: the samples of a prompt are the same, and the policy learns nothing from them."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens with at least this probability; 1 keeps all."""
     top_k: int = 0
@@ -260,8 +260,8 @@ class TrainConfig:
     """Most tokens of a micro-batch; a longer sequence travels alone."""
     dynamic_sampling: bool = False
     """DAPO: groups whose rewards are all equal are replaced by fresh ones."""
-    dynamic_rounds: int = 4
-    """Most rounds of replacement; then the step goes on with what it has."""
+    dynamic_rounds: int = 3
+    """Most rounds of replacement after the first sampling; the last keeps what it gets."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
     offload: tuple[Literal["weights", "optimizer", "draft"], ...] = ()
@@ -284,8 +284,8 @@ class TrainConfig:
 class CheckpointConfig:
     """`[checkpoint]`: what is kept on disk."""
 
-    every: int = 0
-    """Steps between checkpoints; 0 only saves at the end and on Ctrl-C."""
+    every: int = 20
+    """Steps between checkpoints; 0 only saves at the end, on Ctrl-C, and after most errors."""
     keep: int = 2
     """Newest checkpoints that are kept."""
     resume: bool = True

@@ -51,7 +51,7 @@ class DataBuffer:
             raise ValueError("the data set is empty: there is nothing to sample from")
         if len({p.id for p in prompts}) < len(prompts):
             raise ValueError("two prompts have the same id; ids must be unique within the data")
-        self._prompts = list(prompts)
+        self.prompts = list(prompts)
         self._seed, self._shuffle = seed, shuffle
         digest = hashlib.sha256()
         for prompt in prompts:
@@ -62,10 +62,10 @@ class DataBuffer:
 
     def __len__(self) -> int:
         """Prompts of one epoch."""
-        return len(self._prompts)
+        return len(self.prompts)
 
     def _order_of(self, epoch: int) -> list[int]:
-        order = list(range(len(self._prompts)))
+        order = list(range(len(self.prompts)))
         if self._shuffle:
             random.Random(f"{self._seed}/{epoch}").shuffle(order)
         return order
@@ -78,7 +78,7 @@ class DataBuffer:
                 self._epoch, self._cursor = self._epoch + 1, 0
                 self._order = self._order_of(self._epoch)
             part = self._order[self._cursor : self._cursor + n - len(taken)]
-            taken += [self._prompts[i] for i in part]
+            taken += [self.prompts[i] for i in part]
             self._cursor += len(part)
         return taken
 

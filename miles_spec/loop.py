@@ -35,8 +35,9 @@ from miles_spec.types import LossTerms, PackedBatch, Receipt, StepReport
 def train(config: RunConfig) -> Path:
     """Runs `config` to its last step, or on from its newest checkpoint; returns the run's directory.
 
-    Ctrl-C ends the run after the step at hand and saves; a second one ends it at once. A step that fails loses nothing
-    before it: the state after the last whole step is saved, then the error is raised.
+    Ctrl-C ends the run after the step at hand and saves; a second one ends it at once. A step that fails before it has
+    changed a weight loses nothing: the state after the last whole step is saved, then the error is raised. One that has
+    changed some, with several minibatches or updates of the draft, leaves the last checkpoint (`checkpoint.every`).
 
     In a run of several processes this is what rank 0 does. The others follow it until it ends.
     """
@@ -52,7 +53,7 @@ def train(config: RunConfig) -> Path:
         stack.callback(run.stop)
         begun, step, cursor = time.perf_counter() - run.time_s, run.step, run.source.state()
         saved, saving_s = step, 0.0
-        budget = TokenBudget(config.train)
+        budget = TokenBudget(config.train, run.halved_budget)
         stepping, whole = False, (run.trainer.version, run.trainer.draft_version)
         if run.step and step < config.steps:
             live.say(f"Going on from step {step} in {run.out}.")
@@ -112,7 +113,7 @@ def train(config: RunConfig) -> Path:
                         moved = run.trainer.asleep
                         if moved:
                             run.release()
-                        run.save(step, cursor, time.perf_counter() - begun)
+                        run.save(step, cursor, time.perf_counter() - begun, budget.halved)
                         if moved:
                             run.wake()
                             _, refused = _push(run)
@@ -127,7 +128,10 @@ def train(config: RunConfig) -> Path:
                     live.phase("saving")
                     if run.trainer.asleep:
                         run.release()
-                    run.save(step, cursor, time.perf_counter() - begun)
+                    run.save(step, cursor, time.perf_counter() - begun, budget.halved)
+                elif step > saved:
+                    kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was written before"
+                    live.say(f"The step that was cut off had changed weights; {kept}.")
     if step:
         written = rundir.read(run.out)
         write_summary(run.out, summary(written.steps, written.bench))

@@ -22,13 +22,13 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
 from miles_spec.config import ModelConfig
 from miles_spec.kernels.attention import NAME
-from miles_spec.widen import widen_to
+from miles_spec.widen import mlp_width, widen_to
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +59,7 @@ def load(config: ModelConfig) -> Loaded:
     is not there, or a model that `check_supported` refuses.
     """
     device = _device(config.device)
-    if not config.path:
-        raise ValueError(f"model.path is not set; give a Hugging Face folder, or {SMOLLM2!r} for SmolLM2-135M-Instruct")
-    folder = smollm2_folder() if config.path == SMOLLM2 else Path(config.path).expanduser()
-    kind = _model_type(folder)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ValueError(
-            f"{folder}: transformers has no causal language model of type {kind!r} (config.json, model_type)"
-        )
+    folder, kind = _folder(config)
     with _quiet():
         try:
             # unlike a missing tensor in a checkpoint, which transformers only warns of, ours must be an error
@@ -87,6 +80,17 @@ def load(config: ModelConfig) -> Loaded:
     eos = tokenizer.eos_token_id if eos is None else eos
     ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
     return Loaded(model=model, tokenizer=tokenizer, dtype=_dtype(config.dtype, device), device=device, eos_ids=ids)
+
+
+def configuration(config: ModelConfig) -> PretrainedConfig:
+    """That of the model which `load` gives, of which no weight is read. Raises `ValueError` as `load` does for what
+    shows there."""
+    found = AutoConfig.from_pretrained(_folder(config)[0])
+    if config.widen:
+        with torch.random.fork_rng([]), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(found)
+        found.intermediate_size = mlp_width(model, config.widen)
+    return found
 
 
 def trunk(model: PreTrainedModel) -> nn.Module:
@@ -222,6 +226,19 @@ def smollm2_folder() -> Path:
         # another process was first; its folder is as good as ours
         shutil.rmtree(partial)
     return folder
+
+
+def _folder(config: ModelConfig) -> tuple[Path, str]:
+    """The model's folder, and its type."""
+    if not config.path:
+        raise ValueError(f"model.path is not set; give a Hugging Face folder, or {SMOLLM2!r} for SmolLM2-135M-Instruct")
+    folder = smollm2_folder() if config.path == SMOLLM2 else Path(config.path).expanduser()
+    kind = _model_type(folder)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(
+            f"{folder}: transformers has no causal language model of type {kind!r} (config.json, model_type)"
+        )
+    return folder, kind
 
 
 def _model_type(folder: Path) -> str:

@@ -36,10 +36,8 @@ from miles_spec.types import Receipt, Role
 
 log = logging.getLogger(__name__)
 
-TRAINED_BYTES = 12
-"""Per weight, what training adds beside the weights themselves: a gradient and two moments in float32."""
-GRADIENT_BYTES = 4
-"""Of these, a gradient's."""
+GRADIENT_BYTES, MOMENTS_BYTES = 4, 8
+"""Per weight, in float32."""
 
 RELEASED = {"kv_cache": ("kv_cache",), "all": ("weights", "kv_cache"), "nothing": ()}
 """`fleet.release` to SGLang's tags."""
@@ -219,12 +217,15 @@ def _placed(gpus: tuple[int, ...], engines: int, ranks: int, device: torch.devic
     return [gpus[i * ranks : (i + 1) * ranks] for i in range(engines)]
 
 
-def kept_bytes(config: RunConfig) -> int:
-    """Per weight, what the trainer keeps of `TRAINED_BYTES` while servers on its GPU have their memory."""
+def kept_bytes(config: RunConfig, dtype: torch.dtype) -> int:
+    """Per weight, what training adds to the loaded model and keeps while servers on its GPU have their memory; `dtype`
+    is that of forward passes."""
+    # Megatron gives the loaded weights up for such of this dtype and, where that is not float32, float32 ones beside
+    masters = 2 if config.train.backend == "megatron" and dtype == torch.bfloat16 else 0
     offload = config.train.offload
     if config.fleet.release != "all" or not offload:
-        return TRAINED_BYTES
-    return 0 if "optimizer" in offload else TRAINED_BYTES - GRADIENT_BYTES
+        return masters + GRADIENT_BYTES + MOMENTS_BYTES
+    return 0 if "optimizer" in offload else masters + MOMENTS_BYTES
 
 
 def _with_room(settings: ServerSettings, gpus: tuple[int, ...], loaded: Loaded, config: RunConfig) -> ServerSettings:
@@ -233,7 +234,7 @@ def _with_room(settings: ServerSettings, gpus: tuple[int, ...], loaded: Loaded, 
         return settings
     free, _ = torch.cuda.mem_get_info(loaded.device)
     weights = sum(p.numel() for p in loaded.model.parameters())
-    kept = kept_bytes(config) * weights + config.fleet.margin_gb * 2**30
+    kept = kept_bytes(config, loaded.dtype) * weights + config.fleet.margin_gb * 2**30
     fraction = 1 - kept / free
     if fraction < 0.05:
         raise ValueError(

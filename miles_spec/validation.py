@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from miles_spec.config import RolloutConfig, RunConfig, TrainConfig, values
+from miles_spec.config import DraftConfig, RolloutConfig, RunConfig, TrainConfig, values
 
 _AT_LEAST = {
     "steps": 1,
@@ -89,12 +90,7 @@ _Need = Callable[[bool, str, str], None]
 def validate(config: RunConfig) -> None:
     """Raises `ValueError` for the first setting that cannot work: its name, its value, and what to set instead."""
     flat = dict(values(config))
-
-    def need(holds: bool, key: str, advice: str) -> None:
-        if not holds:
-            value = json.dumps(flat[key]) if isinstance(flat[key], str) else flat[key]
-            raise ValueError(f"{key} is {value}: {advice}")
-
+    need = _needs(flat)
     for key, value in flat.items():
         numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, float)]
         need(all(math.isfinite(x) for x in numbers), key, "give a finite number")
@@ -129,7 +125,26 @@ def validate(config: RunConfig) -> None:
         f"the draft of draft.path = {json.dumps(config.draft.path)} has a vocabulary of its own; set it to 0",
     )
     _validate_servers(config, need)
-    _validate_train(config.train, config.rollout, need)
+    _validate_train(config.train, config.rollout, config.draft, need)
+
+
+def validate_training(config: RunConfig) -> None:
+    """Raises `ValueError`, as `validate` does, for what `miles-spec train` alone is refused for."""
+    _needs(dict(values(config)))(
+        config.rollout.temperature > 0 or config.train.lr == 0,
+        "rollout.temperature",
+        "the samples of a prompt would be the same, and the policy would learn nothing; give a number above 0, or "
+        "train.lr = 0 to train the draft alone",
+    )
+
+
+def _needs(flat: Mapping[str, Any]) -> _Need:
+    def need(holds: bool, key: str, advice: str) -> None:
+        if not holds:
+            value = json.dumps(flat[key]) if isinstance(flat[key], str) else flat[key]
+            raise ValueError(f"{key} is {value}: {advice}")
+
+    return need
 
 
 def _validate_text(config: RunConfig, need: _Need) -> None:
@@ -204,7 +219,7 @@ def _validate_servers(config: RunConfig, need: _Need) -> None:
     )
 
 
-def _validate_train(train: TrainConfig, rollout: RolloutConfig, need: _Need) -> None:
+def _validate_train(train: TrainConfig, rollout: RolloutConfig, draft: DraftConfig, need: _Need) -> None:
     need(all(0 <= b < 1 for b in train.betas), "train.betas", "give two numbers from 0 to below 1")
     need(0 <= train.clip_low < 1, "train.clip_low", "give a number from 0 to below 1")
     need(
@@ -218,6 +233,11 @@ def _validate_train(train: TrainConfig, rollout: RolloutConfig, need: _Need) -> 
         not train.oom_retry or train.ranks == 1,
         "train.oom_retry",
         f"with train.ranks = {train.ranks} one rank cannot leave the others' collectives; set false",
+    )
+    need(
+        not train.oom_retry or draft.updates == 1,
+        "train.oom_retry",
+        f"with draft.updates = {draft.updates} a step may have changed the draft when memory runs out; set one of them",
     )
     need(
         train.minibatches <= sequences,

@@ -40,6 +40,12 @@ Key = tuple[tuple[str, int], ...]
 """Of a group: its members' names and ranks."""
 
 
+def without_cumem() -> None:
+    """Has NCCL allocate here as it does in servers, unless the environment says how; before this process's first NCCL
+    communicator, on every rank of a run."""
+    os.environ.setdefault(CUMEM, "0")
+
+
 class Collective(Remote):
     """Members on other GPUs or machines: the trainer is rank 0 of a group and broadcasts each bucket to all of them.
 
@@ -61,7 +67,7 @@ class Collective(Remote):
         super().__init__()
         assert (backend == "nccl") == (device.type == "cuda"), "nccl broadcasts from GPUs, gloo from CPUs"
         if backend == "nccl":
-            os.environ.setdefault(CUMEM, "0")
+            without_cumem()
         self._backend, self._device, self._host, self._timeout_s = backend, device, host, timeout_s
         self._store: TCPStore | None = None
         self._groups: dict[Key, tuple[str, Group]] = {}

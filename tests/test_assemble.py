@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from conftest import tiny_model
-from miles_spec.assemble import Run
-from miles_spec.config import RunConfig, TrainConfig
+import megatron_cpu
+from conftest import tiny_config, tiny_model
+from miles_spec.assemble import Run, join
+from miles_spec.config import DraftConfig, ModelConfig, RunConfig, TrainConfig
+from miles_spec.draft.export import export
 from miles_spec.draft.modules import DraftHead
-from miles_spec.draft.spec import FAMILIES
+from miles_spec.draft.spec import EAGLE3, FAMILIES
 from miles_spec.train.torch_trainer import TorchTrainer
 
 
@@ -43,3 +46,23 @@ def test_whose_the_memory_of_the_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None
     assert Run.gpu_gib(run, "trainer", "free") == {"gpu_gib_trainer": 5.0, "gpu_gib_free": 2.0}
     run.trainer.device = torch.device("cpu")
     assert Run.gpu_gib(run, "others", "free") == {}
+
+
+@megatron_cpu.installed
+def test_a_layout_that_does_not_fit_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    """Here the model has no weights at all."""
+    config = tiny_config("llama", num_hidden_layers=4)
+    config.save_pretrained(tmp_path / "model")
+    export(DraftHead.attach(tiny_model("llama", layers=4), EAGLE3), tmp_path / "draft", dtype=torch.float32)
+    two = {"pipeline_model_parallel_size": 2}
+    given = DraftConfig(path=str(tmp_path / "draft"))
+    for megatron, draft, said in (
+        ({"tensor_model_parallel_size": 4}, DraftConfig(), r"does not divide the model's 2 key-value heads"),
+        ({"expert_model_parallel_size": 2}, DraftConfig(), r"size is set, but llama has no experts"),
+        (two, DraftConfig(family="eagle3"), r"family eagle3 reads states between the layers"),
+        (two, given, r"family eagle3 reads states between the layers"),
+    ):
+        train = TrainConfig(backend="megatron", ranks=4)
+        model = ModelConfig(path=str(tmp_path / "model"))
+        with pytest.raises(ValueError, match=said):
+            join(RunConfig(model=model, train=train, megatron=megatron, draft=draft))

@@ -17,7 +17,16 @@ from conftest import FAMILIES, tiny_config, tiny_model, tiny_tokenizer
 from miles_spec import models
 from miles_spec.config import ModelConfig
 from miles_spec.kernels.attention import NAME
-from miles_spec.models import cast, check_draftable, check_supported, embed_weight, head_weight, load, trunk
+from miles_spec.models import (
+    cast,
+    check_draftable,
+    check_supported,
+    configuration,
+    embed_weight,
+    head_weight,
+    load,
+    trunk,
+)
 
 
 @pytest.fixture
@@ -53,6 +62,18 @@ def test_families_are_supported_and_draftable(kind: str) -> None:
     check_draftable(model)
     assert model.config._attn_implementation == NAME
     assert trunk(model) is model.model
+
+
+@pytest.mark.parametrize("widen", [0, 50_000])
+def test_the_configuration_is_known_before_the_weights(folder: Path, family: str, widen: int) -> None:
+    config = ModelConfig(path=str(folder), dtype="float32", device="cpu", widen=widen)
+    expected = load(config).model.config
+    (folder / "model.safetensors").unlink()
+    random = torch.get_rng_state()
+    got = configuration(config)
+    sizes = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    assert [getattr(got, name) for name in sizes] == [getattr(expected, name) for name in sizes]
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_eos_of_the_tokenizer_where_the_model_names_none(folder: Path) -> None:

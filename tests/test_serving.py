@@ -45,7 +45,17 @@ def test_a_server_is_told_what_the_folder_holds(
     ("offload", "release", "kept"),
     [((), "all", 12), (("optimizer",), "all", 0), (("weights", "draft"), "all", 8), (("optimizer",), "kv_cache", 12)],
 )
-def test_servers_take_the_room_of_what_the_trainer_moves_away(offload: Any, release: Any, kept: int) -> None:
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", "bfloat16"), ("megatron", "float32")])
+def test_servers_take_the_room_of_what_the_trainer_moves_away(
+    offload: Any, release: Any, kept: int, backend: Any, dtype: str
+) -> None:
     """Where they give all of it back while the trainer needs it."""
-    config = RunConfig(train=TrainConfig(offload=offload), fleet=FleetConfig(release=release))
-    assert kept_bytes(config) == kept
+    config = RunConfig(train=TrainConfig(offload=offload, backend=backend), fleet=FleetConfig(release=release))
+    assert kept_bytes(config, getattr(torch, dtype)) == kept
+
+
+def test_megatron_holds_weights_of_two_dtypes() -> None:
+    """2 bytes and 4 of each, where the loaded model had 4."""
+    train = TrainConfig(backend="megatron", offload=("weights",))
+    assert kept_bytes(RunConfig(train=train, fleet=FleetConfig(release="all")), torch.bfloat16) == 10
+    assert kept_bytes(RunConfig(train=train, fleet=FleetConfig(release="nothing")), torch.bfloat16) == 14

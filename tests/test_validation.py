@@ -9,7 +9,7 @@ import pytest
 
 from miles_spec.config import DataConfig, ModelConfig, RunConfig, values
 from miles_spec.draft.spec import FAMILIES
-from miles_spec.validation import validate
+from miles_spec.validation import validate, validate_training
 
 GOOD = RunConfig(model=ModelConfig(path="model"), data=DataConfig(source="tasks.jsonl"))
 
@@ -164,6 +164,11 @@ def test_good_configuration_passes() -> None:
             {"train__oom_retry": True, "train__ranks": 2},
             "train.oom_retry is True: with train.ranks = 2 one rank cannot leave the others' collectives; set false",
         ),
+        (
+            {"train__oom_retry": True, "draft__updates": 2},
+            "train.oom_retry is True: with draft.updates = 2 a step may have changed the draft when memory runs out; "
+            "set one of them",
+        ),
         *(
             (
                 {"rollout__samples_per_prompt": 1, "train__advantage": advantage},
@@ -182,6 +187,18 @@ def test_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         validate(changed(**settings))
     assert str(error.value) == message
+
+
+def test_greedy_training_of_the_policy_is_refused() -> None:
+    """But for the draft alone; other commands need temperature 0."""
+    validate_training(GOOD)
+    validate_training(changed(rollout__temperature=0.0, train__lr=0.0))
+    with pytest.raises(ValueError) as error:
+        validate_training(changed(rollout__temperature=0.0))
+    assert str(error.value) == (
+        "rollout.temperature is 0.0: the samples of a prompt would be the same, and the policy would learn nothing; "
+        "give a number above 0, or train.lr = 0 to train the draft alone"
+    )
 
 
 def refused(name: str, value: float, **others: Any) -> bool:

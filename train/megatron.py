@@ -17,6 +17,7 @@ Dimensions: `R` rows of a micro-batch on this rank, `H` hidden size, `V` vocabul
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from math import isfinite
 from typing import Any
 
@@ -68,8 +69,10 @@ class MegatronTrainer(Sleeper):
         dtype: torch.dtype = torch.float32,
         *,
         policy: bool = True,
+        consume: bool = False,
     ) -> None:
-        """`model` and `draft` are equal on all ranks; `model` gives its configuration and weights and is not kept.
+        """`model` and `draft` are equal on all ranks; `model` gives its configuration and weights and is not kept. With
+        `consume` it is left without weights, before the optimizer takes memory.
 
         Without `policy` the model only teaches the draft. With `train.kl_coef` above 0 the reference is what `model`
         holds, in the host's memory. Needs `torch.distributed`. Raises `ValueError` for a model or a layout that is not
@@ -94,6 +97,8 @@ class MegatronTrainer(Sleeper):
             )
         self.policy = build(model.config, self.arguments, dtype).to(self.device)
         megatron_weights.load(self.policy, stored_tensors(model), model.config)
+        if consume:
+            model.to("meta")
         self.policy.requires_grad_(policy)
         if draft is not None:
             self.policy.tap(draft.aux_layers)
@@ -130,7 +135,8 @@ class MegatronTrainer(Sleeper):
         train = self.config.train
         chosen = [] if self.draft is None else self.draft.choose(-(-len(batches) // self.ranks.data_size))
         updates = [] if self.draft is None else self.draft.updates(len(chosen))
-        draft = self._begin(train=self.config.draft.train, updates=updates)
+        vocabulary = self._vocabulary() if self.has_draft else None
+        draft = self._begin(vocabulary, train=self.config.draft.train, updates=updates)
         tally = Tally(self.device)
         self.optimizer.zero()
         if any(bool(batch.loss_mask.any()) for batch in batches):
@@ -177,19 +183,19 @@ class MegatronTrainer(Sleeper):
         finally:
             if swapped is not None:
                 self._swap(swapped)
-        for batch in batches:
-            dist.all_reduce(found[id(batch)])
+        for values in found.values():
+            dist.all_reduce(values)
         return [found[id(batch)] for batch in batches]
 
     @guarded
     def fit_draft(self, batches: Sequence[PackedBatch]) -> None:
         """See `Trainer`. Raises `ValueError` without a draft."""
         self._need_draft()
-        embedding = self._embedding()
+        vocabulary = self._vocabulary()
         given = self._given(batches)
         if self.draft is not None:
-            assert embedding is not None
-            self.draft.fit(embedding, (lesson for part, _, lesson in given if bool(part.whole.loss_mask.any())))
+            assert vocabulary is not None
+            self.draft.fit(vocabulary[0], (lesson for part, _, lesson in given if bool(part.whole.loss_mask.any())))
 
     def warm_draft(self, batches: Sequence[PackedBatch], steps: int) -> Iterator[LossTerms]:
         """See `Trainer`; a step is on one micro-batch, whose data-parallel rank the others wait for. The policy's
@@ -205,10 +211,11 @@ class MegatronTrainer(Sleeper):
             raise ValueError("the draft cannot warm up: none of the responses has a token")
         with self.memory.told():
             given = {id(part.whole): (part, out, lesson) for part, out, lesson in self._given(taught)} if steps else {}
+            vocabulary = self._vocabulary()  # once: the policy stays as it is
         for step in range(steps):
             one = given.get(id(taught[step % len(taught)]))
             mine = [] if one is None else [one]
-            yield self._draft_step(mine, train=True, warm=True, lr_scale=1 - step / steps)
+            yield self._draft_step(mine, vocabulary, train=True, warm=True, lr_scale=1 - step / steps)
 
     @guarded
     def train_draft(self, batches: Sequence[PackedBatch], *, lr_scale: float = 1.0) -> LossTerms:
@@ -216,14 +223,14 @@ class MegatronTrainer(Sleeper):
         `draft.loss`; of the terms only the draft's and the entropy are filled in. Raises `ValueError` without a draft.
         """
         self._need_draft()
-        return self._draft_step(self._given(batches), train=True, lr_scale=lr_scale)
+        return self._draft_step(self._given(batches), self._vocabulary(), train=True, lr_scale=lr_scale)
 
     @guarded
     def estimate_draft(self, batches: Sequence[PackedBatch]) -> LossTerms:
         """The estimates of `LossTerms.acceptance` on all micro-batches, and the entropy. Raises `ValueError` without a
         draft."""
         self._need_draft()
-        return self._draft_step(self._given(batches), train=False)
+        return self._draft_step(self._given(batches), self._vocabulary(), train=False)
 
     @guarded
     def freeze_draft(self) -> None:
@@ -272,10 +279,10 @@ class MegatronTrainer(Sleeper):
         nothing = torch.empty(0)
         if self.optimizer is not None:
             for state in STATES:
-                # all ranks that share a parameter gather it, though not all of them send it on
-                whole = {p: self.optimizer.values(p, state) for p in self.policy.parameters()}
+                # some of Megatron's parameters hold several of the tensors, one after the other
+                values = lru_cache(1)(partial(self.optimizer.values, name=state))
                 buffers = state == "param"  # which have no moments
-                for name, tensor in megatron_weights.export_values(self.policy, whole.__getitem__, buffers=buffers):
+                for name, tensor in megatron_weights.export_values(self.policy, values, buffers=buffers):
                     yield _named(name, state), nothing if tensor is None else tensor
         if self.has_draft:
             own = [] if self.draft is None else list(self.draft.tensors().items())
@@ -295,7 +302,8 @@ class MegatronTrainer(Sleeper):
                 buffers = state == "param"
                 names = megatron_weights.metas(self.hf_config, buffers=buffers)
                 part = {name: tensors[_named(name, state)] for name in names}
-                whole = {p: torch.empty_like(p, dtype=torch.float32) for p in self.policy.parameters()}
+                # in the host's memory, which has room for as much again
+                whole = {p: torch.empty(p.shape) for p in self.policy.parameters()}
                 megatron_weights.load(self.policy, part, self.hf_config, whole.__getitem__, buffers=buffers)
                 for parameter, value in whole.items():
                     self.optimizer.set_values(parameter, state, value)
@@ -338,22 +346,28 @@ class MegatronTrainer(Sleeper):
         if not self.has_draft:
             raise ValueError("there is no draft to train; set draft.enabled")
 
-    def _begin(self, **how: Any) -> DraftStep | None:
-        """`DraftTrainer.begin` where the draft is; every rank calls this."""
-        if not self.has_draft:
-            return None
-        embedding = self._embedding()
+    def _begin(self, vocabulary: tuple[Tensor, Tensor] | None, **how: Any) -> DraftStep | None:
+        """`DraftTrainer.begin` where the draft is."""
         if self.draft is None:
             return None
-        assert embedding is not None
-        one = self.ranks.stages == 1 and self.policy.head_weight() is self.policy.embedding_weight()
-        head = embedding if one else whole_vocab(self.policy.head_weight(), self.ranks.tensor)
-        return self.draft.begin(embedding, head, **how)
+        assert vocabulary is not None
+        return self.draft.begin(*vocabulary, **how)
 
-    def _embedding(self) -> Tensor | None:
-        """`[V, H]` the embedding on the last stage; None elsewhere."""
-        if self.ranks.stages == 1:
-            return whole_vocab(self.policy.embedding_weight(), self.ranks.tensor)
+    def _vocabulary(self) -> tuple[Tensor, Tensor] | None:
+        """`[V, H]` each, embedding and LM head as they are now, where the draft is; every rank calls this."""
+        ranks, tied = self.ranks, self.policy.share_embeddings_and_output_weights
+        share = None
+        if ranks.stages > 1 and not tied:
+            share = self._embedding_of_first_stage()
+        elif ranks.last_stage:
+            share = self.policy.embedding_weight()
+        if share is None:
+            return None
+        embedding = whole_vocab(share, ranks.tensor)
+        return embedding, embedding if tied else whole_vocab(self.policy.head_weight(), ranks.tensor)
+
+    def _embedding_of_first_stage(self) -> Tensor | None:
+        """`[V / tp, H]` on the last stage; None elsewhere."""
         if not (self.ranks.first_stage or self.ranks.last_stage):
             return None
         if self.ranks.first_stage:
@@ -361,7 +375,7 @@ class MegatronTrainer(Sleeper):
         else:
             share = torch.empty_like(self.policy.head_weight())
         dist.broadcast(share, parallel_state.get_pipeline_model_parallel_first_rank(), group=self.ranks.embedding)
-        return whole_vocab(share, self.ranks.tensor) if self.ranks.last_stage else None
+        return share if self.ranks.last_stage else None
 
     def _parts(self, batches: Sequence[PackedBatch], *, every: bool) -> list[Part]:
         share = divide(batches, self.ranks.data_size)[self.ranks.data_rank] if batches else []
@@ -434,12 +448,13 @@ class MegatronTrainer(Sleeper):
     def _draft_step(
         self,
         given: Sequence[_Given],
+        vocabulary: tuple[Tensor, Tensor] | None,
         *,
         train: bool,
         warm: bool = False,
         lr_scale: float = 1.0,
     ) -> LossTerms:
-        draft = self._begin(train=train, warm=warm, lr_scale=lr_scale)
+        draft = self._begin(vocabulary, train=train, warm=warm, lr_scale=lr_scale)
         tally = Tally(self.device)
         for part, out, lesson in given:
             self.memory.at("the draft's forward and backward", len(part.batch.tokens))

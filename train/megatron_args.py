@@ -35,7 +35,6 @@ _MODEL = (
     "bias_activation_fusion",
     "bias_dropout_fusion",
     "moe_router_dtype",
-    "deterministic_mode",
 )
 _DDP = (
     "use_distributed_optimizer",
@@ -81,6 +80,7 @@ _REFUSED = {
     "clip_grad": "train.clip sets it",
     "optimizer": "the policy is trained with AdamW",
     "attention_backend": "attention is this project's own",
+    "deterministic_mode": "attention is this project's own, and on a GPU its backward pass adds in any order",
     "cp_comm_type": "attention over context-parallel ranks is this project's own",
     "variable_seq_lengths": "micro-batches differ in length, so it is always true",
     "calculate_per_token_loss": "the run's losses carry their own denominators",

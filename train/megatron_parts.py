@@ -81,10 +81,11 @@ class Part:
         def mine(x: Tensor) -> Tensor:
             return x if taught.take is None else x.index_select(0, taught.take)
 
+        states = mine(hidden.detach()).to(dtype)
         return taught.batch, Teacher(
             rows=taught.rows,
-            hidden=mine(hidden.detach()).to(dtype),
-            states=mine(read.detach()).to(dtype),
+            hidden=states,
+            states=states if read is hidden else mine(read.detach()).to(dtype),
             lse=mine(self._scatter(out.lse.detach())),
             logprobs=mine(self._scatter(out.logprob.detach())),
         )

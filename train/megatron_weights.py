@@ -172,7 +172,8 @@ def export(policy: Policy, hf_config: Any) -> Iterator[tuple[str, Tensor | None]
 
 
 def export_values(policy: Policy, select: Select, *, buffers: bool = False) -> Iterator[tuple[str, Tensor | None]]:
-    """The same for another tensor of each parameter's shape, such as its gradient, and on request the buffers."""
+    """The same for another tensor of each parameter's shape, such as its gradient, and on request the buffers. All
+    ranks that hold a parameter `select` it at the same time, whoever sends it."""
     return _gather(policy, metas(policy.hf_config, buffers=buffers), select)
 
 
@@ -270,11 +271,12 @@ def _collect(
     """The whole tensor on rank 0, None elsewhere."""
     rank = dist.get_rank()
     holders = place.holders(homes)
+    # on every rank of the stage, since `select` may be a collective of those that hold the same
+    views = place.views(policy, select) if place.stage == homes[rank].stage else []
     if rank and rank not in holders:
         return None
     mine = torch.empty(0)
     if rank in holders:
-        views = place.views(policy, select)
         mine = torch.stack(views) if place.kind.experts else views[0].contiguous()
         assert mine.dtype == like.dtype
     if rank:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -217,10 +217,16 @@ class TokenBudget:
     """Most tokens of a micro-batch: `train.token_budget`, which with `train.oom_retry` is halved for the rest of the
     run when training first runs out of memory."""
 
-    def __init__(self, train: TrainConfig) -> None:
-        self.tokens = train.token_budget
-        self._retry = train.oom_retry
-        self._halved = False
+    def __init__(self, train: TrainConfig, halved: Sequence[int] | None = None) -> None:
+        """With what `halved` said when the run that is resumed ended, if the setting is still the same."""
+        self._set, self._retry = train.token_budget, train.oom_retry
+        self._halved = halved is not None and halved[0] == self._set
+        self.tokens = halved[1] if halved is not None and self._halved else self._set
+
+    @property
+    def halved(self) -> list[int] | None:
+        """`train.token_budget` and what became of it; None as long as it holds."""
+        return [self._set, self.tokens] if self._halved else None
 
     def run(self, work: Callable[[list[PackedBatch]], T], batches: list[PackedBatch]) -> T:
         """`work` on the micro-batches of one minibatch, cut smaller once that had to be. `work` leaves nothing behind

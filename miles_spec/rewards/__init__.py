@@ -5,7 +5,7 @@ Invariant: `[reward]` is checked when the scorer is made; after that only `Rewar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from miles_spec.config import RewardConfig
 from miles_spec.plugins import suggest
@@ -21,6 +21,8 @@ _JUDGES: dict[str, Callable[[RewardConfig], Judge]] = {
     "math_verify": lambda config: MathVerify(config.timeout_s, bool(config.extract)),
     "reasoning_gym": lambda config: ReasoningGym(config.timeout_s, bool(config.extract)),
 }
+_COMPARING = ("exact", "math_verify")
+"""Those that compare with a prompt's answer."""
 
 
 class Scorer:
@@ -31,6 +33,7 @@ class Scorer:
         loaded or called."""
         if not config.timeout_s > 0:
             raise ValueError(f"reward.timeout_s must be positive, not {config.timeout_s}")
+        self._kind = config.kind
         self._reward: Reward
         if ":" in config.kind:
             if config.extract:
@@ -40,11 +43,19 @@ class Scorer:
                 )
             self._reward = UserReward(config.kind, config.timeout_s)
         elif config.kind in _JUDGES:
-            self._reward = Builtin(_JUDGES[config.kind](config), config.kind, config.extract)
+            self._reward = Builtin(_JUDGES[config.kind](config), config.kind, config.extract, config.timeout_s)
         else:
             raise ValueError(
                 f'reward.kind = "{config.kind}" is none of: {", ".join(_JUDGES)}, "pkg.mod:function"'
                 + suggest(config.kind, _JUDGES)
+            )
+
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """Raises `ValueError` for the first prompt without an answer, if the reward compares with that."""
+        if self._kind in _COMPARING and (id := next((p.id for p in prompts if p.answer is None), None)):
+            raise ValueError(
+                f'reward.kind = "{self._kind}" compares with an answer, and prompt {id} has none: set '
+                "data.answer_column, or take the prompt out of the data"
             )
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:

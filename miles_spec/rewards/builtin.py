@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, Protocol
 
+import regex  # type: ignore[import-untyped]
+
 from miles_spec.plugins import require
 from miles_spec.rewards.base import OvertimeError, RewardError, as_reward, within
 from miles_spec.types import Prompt
@@ -31,32 +33,41 @@ class Judge(Protocol):
 
 
 class Builtin:
-    """A reward that extracts the answer and has a judge compare it; a response without a match scores 0."""
+    """A reward that extracts the answer and has a judge compare it; a response without a match scores 0, and so does
+    one that the pattern takes more than `timeout_s` of the CPU for."""
 
-    def __init__(self, judge: Judge, kind: str, extract: str) -> None:
+    def __init__(self, judge: Judge, kind: str, extract: str, timeout_s: float = 30.0) -> None:
         """Raises `ValueError` if `extract` is neither "" nor a regular expression with a group."""
         try:
-            self._pattern = re.compile(extract) if extract else None
-        except re.error as error:
+            # not `re`, which knows no time limit and keeps every other thread waiting
+            self._pattern = regex.compile(extract) if extract else None
+        except regex.error as error:
             raise ValueError(f"reward.extract = {extract!r} is not a regular expression: {error}") from error
         if self._pattern is not None and not self._pattern.groups:
             raise ValueError(f"reward.extract = {extract!r} has no group: put the answer's part in parentheses")
-        self._judge, self._who = judge, f"reward {kind}"
+        self._judge, self._who, self._timeout_s = judge, f"reward {kind}", timeout_s
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """One reward per response. Raises `RewardError`."""
         return [self._score(p, r) for p, r in zip(prompts, responses, strict=True)]
 
     def _score(self, prompt: Prompt, response: str) -> float:
-        answer = self.extract(response)
+        try:
+            answer = self.extract(response)
+        except TimeoutError:
+            log.warning("reward.extract took more than %g s on prompt %s: scored 0", self._timeout_s, prompt.id)
+            return 0.0
         return 0.0 if answer is None else as_reward(self._judge(prompt, answer), self._who, prompt.id)
 
     def extract(self, response: str) -> str | None:
-        """First group of the last match, stripped; None without one; all of the response without a pattern."""
+        """First group of the last match, stripped; None without one; all of the response without a pattern.
+
+        Raises `TimeoutError` after `timeout_s`.
+        """
         if self._pattern is None:
             return response.strip()
         found = None
-        for match in self._pattern.finditer(response):
+        for match in self._pattern.finditer(response, timeout=self._timeout_s):
             found = match[1]
         return None if found is None else found.strip()
 

@@ -25,7 +25,7 @@ from miles_spec.loop import train
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.train import memory
 from miles_spec.train.torch_trainer import TorchTrainer
-from miles_spec.types import Role
+from miles_spec.types import Role, RunError
 
 TIMES = ("time_s", "host_gib_peak", "seconds_", "tokens_per_s", "net_speedup", "draft_share", "rollout_seconds_")
 HARD: dict[str, Any] = dict(
@@ -212,6 +212,34 @@ def test_a_gradient_that_is_not_finite(
     assert steps(tmp_path / "out") == [1]
 
 
+@pytest.mark.parametrize(
+    ("every", "left", "said"),
+    [(2, [2], "the checkpoint of step 2 is kept"), (0, [], "no checkpoint was written before")],
+)
+def test_a_step_that_fails_halfway_leaves_the_last_checkpoint(
+    run_file: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    every: int,
+    left: list[int],
+    said: str,
+) -> None:
+    """In step 4, after the first of its two minibatches."""
+    real, calls = TorchTrainer.step, iter(range(1, 99))
+
+    def failing(self: TorchTrainer, *args: Any) -> Any:
+        if next(calls) == 8:
+            raise RunError("a rank is gone")
+        return real(self, *args)
+
+    monkeypatch.setattr(TorchTrainer, "step", failing)
+    with pytest.raises(RunError, match="a rank is gone"):
+        cli.main(["train", run_file(train__minibatches=2, checkpoint__every=every, steps=4)])
+    assert steps(tmp_path / "out") == left
+    assert f"The step that was cut off had changed weights; {said}." in capsys.readouterr().out
+
+
 def test_a_full_disk_at_save_time(
     run_file: Callable[..., str],
     finished: RunConfig,
@@ -367,11 +395,15 @@ def test_a_run_that_is_out_of_memory_once_goes_on(
     assert [row["token_budget"] for row in lines(tmp_path / "retried")] == [128, 64]
     assert "The run goes on with train.token_budget = 64" in (tmp_path / "retried" / "run.log").read_text()
     (got, values), (expected, others) = state(tmp_path / "retried"), state(tmp_path / "small")
-    assert values == others and got.keys() == expected.keys()
+    assert values == others | {"halved_budget": [128, 64]} and got.keys() == expected.keys()
     for part in ("policy.", "policy_optim.", "draft.", "draft_optim."):
         names = [n for n in got if n.startswith(part)]
         scale = max(float(expected[n].abs().max()) for n in names)
         assert max(float((got[n].double() - expected[n].double()).abs().max()) for n in names) < 1e-5 * scale
+    # half of it is the setting of this run, also after a resume, until another is set
+    train(configure(tmp_path / "retried", **settings | {"steps": 3}, train__oom_retry=True))
+    train(configure(tmp_path / "retried", **settings | {"steps": 4, "train__token_budget": 96}, train__oom_retry=True))
+    assert [row["token_budget"] for row in lines(tmp_path / "retried")] == [128, 64, 64, 96]
 
 
 def test_a_run_that_is_out_of_memory_says_so(

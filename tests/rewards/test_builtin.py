@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import threading
 import time
@@ -65,6 +66,33 @@ def test_extraction_takes_the_last_match_and_its_first_group() -> None:
     assert Builtin(exact, "exact", "").extract("  all \n") == "all"
 
 
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        (r"((?:\d+,?)+)\.$", "1,234 and 12,345."),
+        (r"\\boxed{(.*?)}", r"\boxed{7}, then \boxed{42}"),
+        (r"(?i)answer: (\w+)", "ANSWER: No. Answer: Yes"),
+        (r"(?m)^(\d*)$", "1\n\n22\n"),
+        (r"(?<=\$)(?P<n>\d+)(?!\d)(?P=n)?", "$12 $1212"),
+    ],
+)
+def test_extraction_is_that_of_re(pattern: str, text: str) -> None:
+    *_, last = (match[1] for match in re.finditer(pattern, text))
+    assert Builtin(exact, "exact", pattern).extract(text) == last.strip()
+
+
+def test_extraction_over_time(caplog: pytest.LogCaptureFixture) -> None:
+    """With `re` the second takes 20 s, and three times that with two digits more."""
+    config = RewardConfig(extract=r"((?:\d|\d\d)+)x$", timeout_s=0.2)
+    texts = ["1x", "1" * 36 + "x.", "12x"]
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        rewards = Scorer(config).score([prompt("1"), prompt("1"), prompt("12")], [completion(t) for t in texts])
+    assert rewards == [1, 0, 1]
+    assert time.monotonic() - began < 5
+    assert caplog.messages == ["reward.extract took more than 0.2 s on prompt p-7: scored 0"]
+
+
 def test_one_reward_per_completion_in_order() -> None:
     prompts = [prompt("1"), prompt("2"), prompt("3")]
     rewards = Scorer(RewardConfig()).score(prompts, [completion("1"), completion("x"), completion(" 3 ")])
@@ -106,6 +134,15 @@ def test_exact_of_what_is_extracted() -> None:
 def test_without_an_answer(kind: str) -> None:
     with pytest.raises(RewardError, match=f"reward {kind} needs an answer to compare with, but prompt p-7 has none"):
         score(kind, None, "1")
+
+
+@pytest.mark.parametrize("kind", ["exact", "math_verify"])
+def test_prompts_without_an_answer_are_found_before_the_run(kind: str) -> None:
+    scorer = Scorer(RewardConfig(kind=kind))
+    scorer.check([prompt("1"), prompt(0), prompt("")])
+    with pytest.raises(ValueError, match=rf'^reward\.kind = "{kind}" compares with an answer, and prompt p-7 has none'):
+        scorer.check([prompt("1"), prompt(None)])
+    Scorer(RewardConfig(kind="reasoning_gym", extract="(.*)")).check([prompt(None)])
 
 
 # math_verify

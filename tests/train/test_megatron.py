@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -233,6 +234,59 @@ def test_resume_is_bit_for_bit(family: str, table: dict[str, Any], size: int) ->
     again, values_again = resumed(table, size, resumed(table, size, None, 1, family), 2, family)
     assert_same(again, whole)
     assert values == values_again and values["version"] == values["draft_version"] == 3
+
+
+def _held_while_saved(arguments: Any, table: Mapping[str, Any]) -> tuple[int, int]:
+    """Parameters that were gathered, and the most of them at once."""
+    from miles_spec.train.megatron import MegatronTrainer
+
+    trainer = MegatronTrainer(_model("llama"), None, replace(_run(), megatron=dict(table)), "cpu")
+    values, gathered, most = trainer.optimizer.values, [], 0  # type: ignore[union-attr]
+
+    def gather(parameter: Any, name: str) -> Tensor:
+        gathered.append(weakref.ref(out := values(parameter, name)))
+        return out
+
+    trainer.optimizer.values = gather  # type: ignore[union-attr, method-assign]
+    for _ in trainer.state_tensors():
+        most = max(most, sum(ref() is not None for ref in gathered))
+    return len(gathered), most
+
+
+@pytest.mark.parametrize(("table", "size"), [({}, 2), ({TP: 2}, 4), ({PP: 2}, 4)], ids=_ident)
+def test_a_checkpoint_is_gathered_one_parameter_at_a_time(table: dict[str, Any], size: int) -> None:
+    for gathered, most in megatron_cpu.run(_held_while_saved, table, size, table):
+        assert gathered > 12 and most == 1
+
+
+def _emptied(arguments: Any) -> tuple[set[str], bool]:
+    """Where the weights of a model lie whose trainer consumed it, and whether that has them."""
+    from miles_spec.train.megatron import MegatronTrainer
+
+    model, other = _model("llama"), _model("llama")
+    trainer = MegatronTrainer(model, None, _run(), "cpu", consume=True)
+    weights = dict(trainer.weights("target"))
+    return {p.device.type for p in model.parameters()}, all(
+        torch.equal(weights[name], tensor) for name, tensor in other.named_parameters()
+    )
+
+
+def test_a_model_that_nobody_else_needs_is_left_empty() -> None:
+    assert megatron_cpu.run(_emptied, {}, 1) == [({"meta"}, True)]
+
+
+def _asked_twice(arguments: Any) -> Any:
+    from miles_spec.train.megatron import MegatronTrainer
+
+    trainer = MegatronTrainer(_model("llama"), None, _run(), "cpu")
+    first, second = _packs()[:2]
+    return trainer.logprobs([first, second]), trainer.logprobs([first, second, first])
+
+
+def test_a_micro_batch_may_be_scored_twice() -> None:
+    for once, twice in megatron_cpu.run(_asked_twice, {}, 2):
+        for got, expected in zip(twice, [*once, once[0]], strict=True):
+            torch.testing.assert_close(got, expected)
 
 
 def _without_frozen(arguments: Any) -> Any:
