@@ -40,7 +40,7 @@ FASTER = 1.25
 DRAFTS = ("cotrained", "frozen")
 COUNTS = tuple(f"{count}_{draft}" for draft in DRAFTS for count in ("accepted_tokens", "verify_steps"))
 """What a run estimates of each draft."""
-SPEED = ("tokens_per_s", "net_speedup", "net_speedup_error")
+SPEED = ("seconds_rollout", "tokens_per_s", "net_speedup", "net_speedup_error")
 KEPT = ("step", "reward_mean", "entropy", "accept_length", *SPEED, "draft_share", "gpu_gib_trainer", *COUNTS)
 
 

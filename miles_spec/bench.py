@@ -28,7 +28,7 @@ from miles_spec.rollout.bench import PLAIN, Row, advice, as_json, compare, embed
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.engine import Engine
 from miles_spec.rollout.sglang_args import with_underscores
-from miles_spec.tracking import write_summary
+from miles_spec.tracking import write_atomically, write_summary
 from miles_spec.types import Request
 
 BATCHES = (1, 2, 4, 8)
@@ -80,7 +80,7 @@ def rollout(
     console.print(table(rows))
     if not config.draft.max_batch:
         console.print(advice(rows, served=served))
-    (out / "bench.json").write_text(json.dumps(as_json(rows), indent=1) + "\n")
+    write_atomically(out / "bench.json", json.dumps(as_json(rows), indent=1) + "\n")
     summary_path = out / "summary.json"
     if summary_path.exists():
         write_summary(out, {**json.loads(summary_path.read_text()), "bench": as_json(rows)})

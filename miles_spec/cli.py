@@ -29,10 +29,13 @@ SENTENCES = (ValueError, OSError, FloatingPointError, RunError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 2 for an error that the message explains, or 130 for a Ctrl-C
     that nothing could be saved at."""
-    arguments, settings = _parser().parse_known_args(argv)
+    texts = sys.argv[1:] if argv is None else list(argv)
+    arguments, settings = _parser().parse_known_args(texts)
     try:
         if settings and not ("run" in arguments or arguments.command is _bench_train):
             raise ValueError(f"unexpected argument {settings[0]}; see `miles-spec --help`")
+        if settings and "run" in arguments:
+            _check_order(texts, arguments.run, settings)
         arguments.command(arguments, settings)
     except SENTENCES as e:
         if TRACEBACK in os.environ or not _ours(e.__traceback__):
@@ -47,10 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_order(texts: Sequence[str], run: Path | None, settings: Sequence[str]) -> None:
+    """Raises `ValueError` for settings without a run file, and for one before it whose value would be taken for it."""
+    before = settings if run is None else texts[: [Path(text) for text in texts].index(run)]
+    if wrong := next((text for text in before if text in settings and (run is None or "=" not in text)), None):
+        raise ValueError(f"{wrong} is a setting of a run file; name the run file before it")
+
+
 def _train(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
     from miles_spec.settings import load
+    from miles_spec.validation import validate_training
 
     config = load(arguments.run, settings)
+    validate_training(config)
     from miles_spec.processes import rank, started
 
     leads = rank() == 0
@@ -131,8 +143,6 @@ def _draft_train(arguments: argparse.Namespace, settings: Sequence[str]) -> None
 
 
 def _doctor(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
-    if settings and arguments.run is None:
-        raise ValueError(f"{settings[0]} is a setting of a run file; name the run file before it")
     from miles_spec.settings import load
 
     config = None if arguments.run is None else load(arguments.run, settings)

@@ -147,6 +147,7 @@ def summary(lines: Sequence[Mapping[str, Any]], bench: Sequence[Mapping[str, Any
     plain_s = sum(
         line["net_speedup"] * line["seconds_rollout"] for line in steps if line.get("net_speedup") is not None
     )
+    drafted = bool(plain_s) or any(line.get("verify_steps") for line in steps)
     errors = [abs(e) for line in steps if (e := line.get("accept_estimate_error")) is not None]
     training_s = seconds["draft"] + seconds["train"]
     return {
@@ -158,9 +159,9 @@ def summary(lines: Sequence[Mapping[str, Any]], bench: Sequence[Mapping[str, Any
         "accept_length_cotrained": accept_length("_cotrained"),
         "accept_length_frozen": accept_length("_frozen"),
         "accept_estimate_error_max": max(errors, default=None),
-        # a run without a draft has measured what it is without speculation
-        "tokens_per_s_speculative": tokens / rollout_s if plain_s else None,
-        "tokens_per_s_plain": tokens / (plain_s or rollout_s),
+        "tokens_per_s_speculative": tokens / rollout_s if drafted else None,
+        # a run without a draft has measured it; of joined servers that draft it is not known
+        "tokens_per_s_plain": tokens / plain_s if plain_s else None if drafted else tokens / rollout_s,
         "net_speedup": plain_s / rollout_s if plain_s else None,
         "net_speedup_error": steps[-1].get("net_speedup_error"),
         "draft_share": seconds["draft"] / training_s if seconds["draft"] else None,

@@ -91,8 +91,10 @@ def _cards(run: Run) -> str:
         cards.append(_card("Accept length", values, f"co-trained vs frozen draft{gain}"))
     speed, plain = get("tokens_per_s_speculative"), get("tokens_per_s_plain")
     if not math.isnan(speed):
-        values = f"{_coloured('cotrained', speed)} vs {_coloured('plain', plain)}"
-        cards.append(_card("Rollout tokens/s", values, "with vs without speculation, by the cost model"))
+        values, what = _coloured("cotrained", speed), "with speculation"
+        if not math.isnan(plain):
+            values, what = f"{values} vs {_coloured('plain', plain)}", "with vs without speculation, by the cost model"
+        cards.append(_card("Rollout tokens/s", values, what))
     if not math.isnan(get("net_speedup")):
         error = get("net_speedup_error")
         stated = "" if math.isnan(error) else f", whose error is {abs(error):.1%}"

@@ -37,10 +37,10 @@ def sample(run: Run, step: int, live: LiveTable) -> Groups:
     """Samples and scores the groups of `step`.
 
     With dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) groups whose rewards are all equal are dropped and
-    others sampled in their place; the last of `dynamic_rounds` rounds keeps whatever it gets.
+    others sampled in their place, `dynamic_rounds` times at most; the last round keeps whatever it gets.
     """
     rollout, rules = run.config.rollout, run.config.train
-    rounds = rules.dynamic_rounds if rules.dynamic_sampling else 1
+    rounds = 1 + rules.dynamic_rounds if rules.dynamic_sampling else 1
     kept: list[list[Sample]] = []
     calls: list[list[int]] = []
     generating = scoring = 0.0

@@ -21,7 +21,7 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from miles_spec.config import RunConfig
+from miles_spec.config import FleetConfig, RunConfig
 from miles_spec.validation import validate
 
 _SGLANG_PREFIX = "--sglang-"
@@ -44,11 +44,12 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     config = RunConfig() if path is None else _from_table(_read(path), str(path))
     config = _override(config, overrides)
     config = replace(config, sglang=_known("sglang", config.sglang), megatron=_known("megatron", config.megatron))
-    for table, key, backend in (
-        ("sglang", "rollout.engine", config.rollout.engine),
-        ("megatron", "train.backend", config.train.backend),
+    for table, key, given, backend, needed in (
+        ("sglang", "rollout.engine", config.sglang, config.rollout.engine, "sglang"),
+        ("fleet", "rollout.engine", config.fleet != FleetConfig(), config.rollout.engine, "sglang"),
+        ("megatron", "train.backend", config.megatron, config.train.backend, "megatron"),
     ):
-        if getattr(config, table) and table != backend:
+        if given and backend != needed:
             _note(f'{key} is "{backend}", so [{table}] has no effect')
     validate(config)
     return config
@@ -164,6 +165,8 @@ def _override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     for flag, given in _flags(overrides):
         name = flag.replace("_", "-")
         if name in ours:
+            if ours[name] and given in (["true"], ["false"]):
+                flag, given = flag if given == ["true"] else ours[name], []
             own += [f"{flag}={given[0]}"] if len(given) == 1 else [flag, *given]
         elif flag.startswith(_OPTIONS_PREFIX):
             tables["options"][flag.removeprefix(_OPTIONS_PREFIX)] = _literal(given)
@@ -172,7 +175,7 @@ def _override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         elif (key := name.removeprefix("--").replace("-", "_")) in (megatron := _names("megatron") or {}):
             tables["megatron"][key] = _literal(given)
         else:
-            near = nearest(name, ours | {f"--{_dashed(n)}" for n in megatron})
+            near = nearest(name, ours.keys() | {f"--{_dashed(n)}" for n in megatron})
             absent = "" if megatron else " (Megatron's own flags need megatron-core, which is not installed)"
             raise ValueError(f"unknown flag {flag}; did you mean {near}?{absent}")
     if own:
@@ -212,17 +215,18 @@ def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield flag, given
 
 
-def _our_flags() -> set[str]:
-    """Every flag that tyro makes of `RunConfig`, with dashes."""
-    flags = set()
+def _our_flags() -> dict[str, str]:
+    """Every flag that tyro makes of `RunConfig`, with dashes; to one that is true or false, the flag that denies it."""
+    flags = {}
     for name, kind in get_type_hints(RunConfig).items():
         settings = _section(kind) if is_dataclass(kind) else {"": kind}
         for key, key_kind in settings.items():
             if get_origin(key_kind) is not dict:
                 prefix = f"--{name}." if key else "--"
-                flags.add(_dashed(f"{prefix}{key or name}"))
-                if key_kind is bool:
-                    flags.add(_dashed(f"{prefix}no-{key or name}"))
+                denied = _dashed(f"{prefix}no-{key or name}") if key_kind is bool else ""
+                flags[_dashed(f"{prefix}{key or name}")] = denied
+                if denied:
+                    flags[denied] = ""
     return flags
 
 

@@ -57,7 +57,7 @@ class _Wandb:
     def __init__(self, module: Any, out: Path, project: str, config: Mapping[str, Any], resume_step: int) -> None:
         id_path = out / "wandb_run_id"
         if not resume_step or not id_path.exists():
-            _write_atomically(id_path, uuid.uuid4().hex)
+            write_atomically(id_path, uuid.uuid4().hex)
         self.run = module.init(
             project=project,
             name=out.resolve().name,
@@ -109,8 +109,8 @@ class Tracker:
             try:
                 out.mkdir(parents=True, exist_ok=True)
                 for path, text in zip(paths, kept, strict=True):
-                    _write_atomically(path, text)
-                _write_atomically(out / "config.toml", run_config_text)
+                    write_atomically(path, text)
+                write_atomically(out / "config.toml", run_config_text)
                 # without a buffer, which would try again on closing what could not be written
                 files = [stack.enter_context(path.open("ab", buffering=0)) for path in paths]
             except OSError as error:
@@ -161,7 +161,7 @@ class Tracker:
 
 def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
     """Writes `summary.json` in the run directory, whole or not at all."""
-    _write_atomically(out / "summary.json", json.dumps(_strict(summary), indent=2, allow_nan=False) + "\n")
+    write_atomically(out / "summary.json", json.dumps(_strict(summary), indent=2, allow_nan=False) + "\n")
 
 
 def _load(module: str, package: str) -> Any:
@@ -240,7 +240,8 @@ def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     return scalars
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """The whole text or, if that fails, what was there before. Raises `OSError`."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

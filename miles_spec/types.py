@@ -248,7 +248,7 @@ class LossTerms:
     rollout_logprob_diff: float
     """Largest absolute difference between train and rollout log-probability."""
     tis_clip_fraction: float
-    """Share of sampled tokens whose truncated importance weight hit its cap."""
+    """Share of sampled tokens whose importance weight was above its cap, and so was truncated."""
     ref_kl: float
     """Mean k3 estimate of KL(policy, reference); 0 without a reference."""
     draft: float

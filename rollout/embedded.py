@@ -361,11 +361,13 @@ class EmbeddedEngine:
                 if len(tokens) <= start + positions.shape[1]:
                     last |= dict.fromkeys(same, hidden[at, len(tokens) - 1 - start])
         if self._depth_for(len(self._running)):
+            self._lap("prefill_s")
             lengths = [len(t) for t in by_prompt]
             for depth in range(1, len(self._draft_caches) + 1 if longest > 1 else 1):
                 self._extend(depth, index, [0] * len(own), [n - 1 for n in lengths])
             for sequence in sequences:
                 sequence.draft_rows = len(sequence.request.tokens) - 1
+            self._lap("draft_s")
         for tokens, same in by_prompt.items():
             if len(same) > 1:
                 self._copy_row(same[0], same[1:], len(tokens))

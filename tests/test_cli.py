@@ -61,6 +61,18 @@ def test_train(run_file: Path, calls: list[object], capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "runs/x\n"
 
 
+def test_train_refuses_temperature_zero_which_other_commands_need(
+    run_file: Path, calls: list[tuple[object, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    greedy = [str(run_file), "--rollout.temperature", "0"]
+    assert main(["train", *greedy]) == 2
+    assert capsys.readouterr().err.startswith("miles-spec: error: rollout.temperature is 0.0: the samples of a prompt")
+    assert calls == []
+    for command in (["train", *greedy, "--train.lr=0"], ["draft", "train", *greedy], ["bench", "rollout", *greedy]):
+        assert main(command) == 0
+    assert [call[:2] for call in calls] == [("loop", "train"), ("draft_training", "train"), ("bench", "rollout")]
+
+
 def test_config(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", str(run_file), "--steps", "3"]) == 0
     run_file.write_text(capsys.readouterr().out)
@@ -237,6 +249,19 @@ def test_doctor(run_file: Path, given: bool, server: bool, monkeypatch: pytest.M
 def test_doctor_takes_settings_of_a_run_file_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--steps=3"]) == 2
     assert "name the run file before it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["train"], ["config"], ["bench", "rollout", "--turns", "2"], ["doctor"]])
+@pytest.mark.parametrize("setting", [["--seed", "3"], ["--steps", "4", "--seed", "3"], ["--draft.no-enabled"]])
+def test_settings_stand_behind_the_run_file(
+    command: list[str], setting: list[str], run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for behind in ([], ["--seed", "5"]):
+        assert main([*command, *setting, str(run_file), *behind]) == 2
+        message = f"{setting[0]} is a setting of a run file; name the run file before it"
+        assert capsys.readouterr().err == f"miles-spec: error: {message}\n"
+    if len(setting) == 2:  # with its value it may stand anywhere
+        assert main(["config", "=".join(setting), str(run_file)]) == 0
 
 
 def test_quickstart(calls: list[object]) -> None:

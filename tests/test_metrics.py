@@ -169,5 +169,13 @@ def test_summary_without_a_draft() -> None:
     assert got["tokens_per_s_plain"] == 50.0
 
 
+def test_summary_of_a_draft_whose_servers_cannot_go_without_it() -> None:
+    """As joined ones: how fast they would be is not known."""
+    words = ("plain", "net_")
+    got = summary([{k: v for k, v in line(i).items() if not any(w in k for w in words)} for i in (1, 2)])
+    assert got["tokens_per_s_speculative"] == 50.0
+    assert got["tokens_per_s_plain"] is None and got["net_speedup"] is None
+
+
 def test_summary_of_nothing() -> None:
     assert summary([{"warmup_step": 1}]) == {"steps": 0}

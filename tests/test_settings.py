@@ -133,6 +133,16 @@ def test_command_line_wins_over_the_run_file(run_file: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("joined", ["=", " "])
+@pytest.mark.parametrize("value", [True, False])
+def test_booleans_take_a_value_too(joined: str, value: bool, run_file: Path) -> None:
+    run_file.write_text(BASE + f"[draft]\nenabled = {str(not value).lower()}\n")
+    flags = f"--draft.enabled{joined}{str(value).lower()} --steps 3 --train.oom_retry true"
+    config = load(run_file, flags.split(" "))
+    assert config.draft.enabled is value
+    assert config.train.oom_retry and config.steps == 3
+
+
 def test_overrides_alone(run_file: Path) -> None:
     assert load(None, ["--model.path", "model", "--data.source=tasks.jsonl"]) == GOOD
 
@@ -264,6 +274,16 @@ def test_sglang_flags(run_file: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "cuda_graph_bs": [1, 2, 4],
     }
     assert capsys.readouterr().err == 'note: rollout.engine is "embedded", so [sglang] has no effect\n'
+
+
+def test_settings_of_servers_without_servers_are_noted(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file.write_text(dump(GOOD) + "\n")  # with [fleet], all as it is anyway
+    load(run_file)
+    assert capsys.readouterr().err == ""
+    load(run_file, ["--fleet.engines", "2"])
+    assert capsys.readouterr().err == 'note: rollout.engine is "embedded", so [fleet] has no effect\n'
+    load(run_file, ["--fleet.engines", "2", "--rollout.engine", "sglang"])
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("sglang")

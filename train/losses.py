@@ -25,7 +25,7 @@ class PolicyLoss:
     clipped: Tensor
     """`[]` how many tokens' ratio was clipped, so that the surrogate gives them no gradient."""
     tis_capped: Tensor
-    """`[]` how many tokens' importance weight hit its cap."""
+    """`[]` how many tokens' importance weight was above its cap."""
     rollout_kl: Tensor
     """`[]` sum of `r - 1 - log r`, `log r` = trainer minus rollout log-probability."""
     rollout_diff: Tensor
@@ -78,7 +78,7 @@ def policy_loss(
     if tis_cap:
         importance = torch.exp(mismatch)
         losses = losses * importance.clamp(max=tis_cap)
-        capped = (importance >= tis_cap).sum()
+        capped = (importance > tis_cap).sum()
     ref_kl = zero
     if ref_logprobs is not None:
         divergence = k3(ref_logprobs - logprobs)

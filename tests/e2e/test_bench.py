@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from miles_spec import bench, cli
+from miles_spec import bench, cli, tracking
 from miles_spec.config import RunConfig
 from miles_spec.loop import train
 
@@ -49,6 +49,21 @@ def test_a_finished_run(
     assert json.loads((out / "summary.json").read_text())["bench"] == written
     train(replace(config, steps=5))
     assert not (out / "bench.json").exists() and "bench" not in json.loads((out / "summary.json").read_text())
+
+
+def test_a_write_that_fails_leaves_the_comparison_before(
+    finished: RunConfig, rewards: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    (out / "bench.json").write_text("[]\n")
+
+    def full(descriptor: int) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(tracking.os, "fsync", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        bench.rollout(replace(finished, out=str(out)), None, batches=(1,), turns=1, requests=1)
+    assert (out / "bench.json").read_text() == "[]\n"
 
 
 def test_report_shows_it(finished: RunConfig, rewards: ModuleType, tmp_path: Path) -> None:

@@ -83,7 +83,8 @@ def test_checkpoints_and_samples(finished: RunConfig) -> None:
 
 def test_command_line(run_file: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    path = run_file(steps=2, rollout__temperature=0.0, draft__warmup_steps=3, train__dynamic_sampling=False)
+    settings = dict(rollout__temperature=0.0, train__lr=0.0, train__dynamic_sampling=False)
+    path = run_file(steps=2, draft__warmup_steps=3, **settings)
     assert cli.main(["train", path, "--seed", "6"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == str(out) and printed[0].startswith("step 1/2  reward 0.")

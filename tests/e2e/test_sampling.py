@@ -39,12 +39,17 @@ def test_groups_without_contrast_are_replaced(configure: Configure, rewards: Mod
     assert sampled.metrics["samples"] == 16
 
 
-def test_the_last_round_keeps_what_it_gets(configure: Configure, rewards: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_the_last_round_of_replacement_keeps_what_it_gets(
+    rounds: int, configure: Configure, rewards: ModuleType, tmp_path: Path
+) -> None:
     sampled = groups(
-        configure, tmp_path, train__dynamic_sampling=True, train__dynamic_rounds=3, reward__kind="e2e_rewards:same"
+        configure, tmp_path, train__dynamic_sampling=True, train__dynamic_rounds=rounds, reward__kind="e2e_rewards:same"
     )
-    assert (sampled.metrics["groups_dropped"], sampled.metrics["samples"]) == (8, 16)
-    assert numbers(sampled) == numbers(groups(configure, tmp_path, rollout__prompts_per_step=12))[8:]
+    dropped = 4 * rounds
+    assert (sampled.metrics["groups_dropped"], sampled.metrics["samples"]) == (dropped, 16)
+    order = numbers(groups(configure, tmp_path, rollout__prompts_per_step=12))
+    assert numbers(sampled) == order[dropped : dropped + 4]
 
 
 def test_without_it_nothing_is_dropped(configure: Configure, rewards: ModuleType, tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ launch = ["{python}", "{server}"]
 num_steps = 2
 warmup_prompts = 4
 warmup_steps = 3
+[train]
+lr = 0.0
 """
 
 

@@ -83,6 +83,12 @@ def test_truncated_importance_weight() -> None:
     assert int(off.tis_capped) == 0
 
 
+def test_a_weight_at_its_cap_is_not_truncated() -> None:
+    same = vector(-1.0, -0.3)
+    got = policy_loss(same, vector(1, 1), same, clip_low=0.2, clip_high=0.2, tis_cap=1, kl_coef=0)
+    assert got.losses.tolist() == [-1, -1] and int(got.tis_capped) == 0
+
+
 def test_reference_term_pulls_towards_the_reference() -> None:
     logp = vector(-1.0, -2.0, grad=True)
     ref = vector(-2.0, -1.0)
