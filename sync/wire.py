@@ -160,7 +160,8 @@ class Mailbox:
         self._listener = socket.create_server((host, 0))
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         """Host and port."""
-        threading.Thread(target=self._accept, name="mailbox", daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept, name="mailbox", daemon=True)
+        self._accepting.start()
 
     def new_session(self) -> int:
         """A session number that this mailbox has not given before."""
@@ -213,6 +214,8 @@ class Mailbox:
             self._changed.notify_all()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread in `accept`
+        # which must not accept for whoever gets the descriptor next
+        self._accepting.join(HELLO_S)
         self._listener.close()
 
     def _accept(self) -> None:

@@ -20,8 +20,13 @@ os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as in SGLang's processes
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from distributed import Ranks
+
+# the same examples everywhere, however slow the machine; `--hypothesis-profile default` draws others
+settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("same")
 
 
 def state_of(trainer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

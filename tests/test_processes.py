@@ -21,10 +21,12 @@ from miles_spec.processes import call, count, log_to, started
 
 SLEEPS = "import os, sys, time; open(os.path.join(sys.argv[1], os.environ['RANK']), 'w').close(); time.sleep(60)"
 WRITES = """
-import json, os, sys
+import json, os, sys, time
 names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 with open(os.path.join(sys.argv[1], os.environ["RANK"]), "w") as file:
     json.dump([[os.environ[name] for name in names], sys.argv[2:], os.getsid(0) == os.getpid()], file)
+while not os.path.exists(os.path.join(sys.argv[1], "met")):
+    time.sleep(0.01)
 """
 
 CALLS = """
@@ -67,6 +69,7 @@ def test_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         first = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
         port = os.environ["MASTER_PORT"]
         del os.environ["RANK"]  # as joining does
+        (tmp_path / "met").touch()
     assert first == ["0", "0", "3"]
     for rank in "12":
         told = json.loads((tmp_path / rank).read_text())

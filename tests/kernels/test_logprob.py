@@ -81,7 +81,7 @@ def test_triton_values_and_gradients(temperature: float, chunk_rows: int, size: 
 def test_triton_at_its_own_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SWEEP_BLOCK", 4096)
     monkeypatch.setattr(module, "GRADIENT_BLOCK", 4096)
-    _check(*_inputs(n=5, v=4500), 0.7, 1e-6, backend="triton")
+    _check(*_inputs(n=5, v=4500), 0.7, 3e-6, backend="triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

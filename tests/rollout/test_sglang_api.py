@@ -87,7 +87,7 @@ def test_who_is_not_there_or_late_is_told_apart(monkeypatch: pytest.MonkeyPatch)
     with serving() as fake:
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # must not be asked
         Api(fake.url, Keys()).ask("/model_info")
-        fake.faults.late_health_s = 1.0
+        fake.faults.late_health_s = 3.0
         with pytest.raises(TimeoutError, match="/health did not answer"):
             Api(fake.url, Keys()).call("/health", timeout_s=0.1)
         fake.faults.hang_up = 1

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_group_nobody_joins_ends_in_an_error() -> None:
-    store = make_store("127.0.0.1", 0.5)
+    store = make_store("127.0.0.1", 5)
     with pytest.raises((ConnectionError, TimeoutError), match=GROUP_FAILED):
         Group("gloo", store, name="g", rank=0, world=2, device=CPU, timeout_s=0.5)
     assert not torch.distributed.is_initialized()
@@ -27,7 +27,7 @@ def test_a_broadcast_that_a_rank_misses_ends_in_an_error_or_is_given_up() -> Non
     stores.append(TCPStore("127.0.0.1", stores[0].port, is_master=False, wait_for_workers=False))
 
     def join(rank: int) -> None:
-        groups[rank] = Group("gloo", stores[rank], name="g", rank=rank, world=2, device=CPU, timeout_s=2)
+        groups[rank] = Group("gloo", stores[rank], name="g", rank=rank, world=2, device=CPU, timeout_s=5)
 
     other = threading.Thread(target=join, args=(1,))
     other.start()

@@ -153,6 +153,8 @@ def test_late_doubled_and_finished_ranks_are_refused(mailbox: Mailbox) -> None:
 def test_a_missing_rank_is_named_and_the_others_are_let_go(mailbox: Mailbox) -> None:
     session = mailbox.new_session()
     channel, _ = dial(mailbox, session, 1)
+    while not mailbox._waiting.get(session):  # the other end registers it
+        time.sleep(0.005)
     with pytest.raises(TimeoutError, match=r"ranks \[0, 2\] of 3"):
         mailbox.expect(session, 3, 0.2)
     with pytest.raises(ConnectionError):
@@ -210,7 +212,7 @@ def test_a_frame_that_trickles_in_is_late(mailbox: Mailbox) -> None:
     started = time.monotonic()
     with pytest.raises(TimeoutError):
         connection.ask({}, 0.5)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 4
 
 
 def test_too_large_frames(mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -378,7 +378,7 @@ def test_a_killed_leader_leaves_no_process(pair: Callable[[Play], Pair], tmp_pat
     start = time.monotonic()
     assert [p.status(0, 10) for p in pairs] == [-signal.SIGKILL, -signal.SIGALRM, -signal.SIGALRM]
     assert [p.status(1, 10) for p in pairs] == [1, 1, 1]
-    assert time.monotonic() - start < 6
+    assert time.monotonic() - start < 15
 
 
 def test_a_leader_that_is_interrupted_calls_nobody_again(pair: Callable[[Play], Pair]) -> None:
