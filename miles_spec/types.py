@@ -107,7 +107,8 @@ class SpecCounts:
 
     @property
     def accept_length(self) -> float:
-        """Mean tokens per verify step, `1 + accepted / verify steps`; NaN without a verify step."""
+        """Mean tokens per verify step, `1 + accepted / verify steps`; NaN without a verify step. It counts one too many
+        for a block that ends its response on a drafted token."""
         return 1 + sum(self.accepted) / self.verify_steps if self.verify_steps else float("nan")
 
     @property

@@ -138,7 +138,8 @@ class Controller:
         """`plain` are the engine's steps without a draft, `depths` what it may draft, ascending, and `most` the
         sequences that it decodes together."""
         self.accept_length = accept_length
-        """Of blocks of the largest depth, as it was last estimated; None if it was not."""
+        """Of blocks of the largest depth, as it was last estimated; None if it was not. Of very short responses it
+        promises a tenth too much (docs/metrics.md)."""
         self.depths = tuple(depths)
         self._most = most
         self._seen: dict[int, dict[int, tuple[float, float]]] = {0: {size: (1.0, s) for size, s in plain.step_s}}
