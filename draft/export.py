@@ -43,14 +43,15 @@ SGLang runs Mistral as Llama. Its `MistralForCausalLMEagle` and `Ernie4_5_MoeFor
 norms that no family here has."""
 
 TARGETS = {
-    "eagle": ("glm4_moe", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next"),
-    "eagle3": ("glm4_moe", "gpt_oss", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next"),
+    "eagle": ("glm4_moe", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"),
+    "eagle3": ("glm4_moe", "gpt_oss", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"),
     "nextn": ("deepseek_v3", "glm4_moe"),
     "mimo": ("qwen2",),
     "qwen_mtp": ("qwen3_moe",),
 }
 """Family to the model types whose classes in SGLang serve a target of it: they give away embedding and LM head, and for
-EAGLE3 capture the outputs of the layers that are asked for, by numbers that mean what they do here."""
+EAGLE3 capture the outputs of the layers that are asked for, by numbers that mean what they do here. Qwen3-Next's do so
+too, but take no push: loading their norms also fills buffers with these plus 1."""
 
 TOKEN_MAP = "token_map.pt"
 """File in a draft's folder for `--speculative-token-map`; there only if the draft's vocabulary is reduced and its

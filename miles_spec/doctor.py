@@ -211,7 +211,11 @@ def served(config: RunConfig) -> Iterator[Finding]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = small(device)
     with tempfile.TemporaryDirectory(prefix="miles-spec-") as folder:
-        hosted = Hosted(trial(config), policy, Path(folder), CONTEXT, Keys.random())
+        try:
+            hosted = Hosted(trial(config), policy, Path(folder), CONTEXT, Keys.random())
+        except (RunError, ValueError, OSError) as error:
+            yield Finding("FAULT", f"settings of a server: {error}")
+            return
         try:
             for what, work in trials(hosted, policy).items():
                 started = time.monotonic()
@@ -226,11 +230,12 @@ def served(config: RunConfig) -> Iterator[Finding]:
 
 
 def trial(config: RunConfig) -> RunConfig:
-    """`config` for one small server that drafts greedily."""
+    """`config` for one small server that drafts greedily, with the draft of `small`."""
     config = alone(config)
     sglang = {"max_total_tokens": 8192, **config.sglang}
     rollout = replace(config.rollout, engine="sglang", urls=(), temperature=0.0, verify="greedy", max_running=8)
-    draft = replace(config.draft, enabled=True, num_steps=DEPTH, max_batch=0, vocab_size=0)
+    ours = replace(config.draft, path="", family="eagle", layers=1, vocab_size=0)
+    draft = replace(ours, enabled=True, num_steps=DEPTH, max_batch=0)
     return replace(config, rollout=rollout, draft=draft, fleet=replace(config.fleet, engines=1), sglang=sglang)
 
 

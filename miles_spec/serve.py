@@ -85,6 +85,10 @@ class Hosted(Serving):
         """Sends both roles. Raises `RunError` if no server then serves the target, verified."""
         return self.weights().push(self.syncer, servers, self_test=self_test)
 
+    def look(self) -> None:
+        """Has servers that hang started again, see `Fleet.look`."""
+        self.fleet.look()
+
     def members(self) -> list[SGLangServer]:
         """Servers that run; those that died are started again."""
         return [server for server in self.fleet.members() if isinstance(server, SGLangServer)]
@@ -176,13 +180,15 @@ def watch(
     told: threading.Event,
     announce: Callable[[Sequence[SGLangServer]], None],
 ) -> None:
-    """Until `told`: brings servers that died back, pushes to them, and announces all that serve when that changes.
+    """Until `told`: brings servers back that died or hang, pushes to them, and announces all that serve when that
+    changes.
 
     Raises `RunError` if none has served for twice `start_timeout_s`.
     """
     announced: set[str] = set()
     served_s = time.monotonic()
     while not told.is_set():
+        hosted.look()
         for server in hosted.members():
             if server.versions()["target"] < 0:
                 try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from miles_spec.rollout.dispatch import Queue, Seat
+from miles_spec.rollout.dispatch import CUT, Queue, Seat
 from miles_spec.types import Completion, Request, RunError, SpecCounts
 
 log = logging.getLogger(__name__)
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 ABORT_S = 5.0
 """For a server to end a request that was aborted; then its answer is no longer waited for."""
 MAX_ATTEMPTS = 5
-"""Attempts of one request that may end because their server died or was late. A request that kills its server would
-otherwise keep the run from ever ending."""
+"""Attempts of one request that may end because their server died, was late, or failed at it. A request that kills its
+server would otherwise keep the run from ever ending."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +44,7 @@ class Counts:
     """What went wrong and was made good, since the start of the fleet."""
 
     retries: int = 0
-    """Requests sent again because a server refused them or hung up."""
+    """Requests sent again because a server refused them, failed at them or hung up."""
     requeued: int = 0
     """Requests sent again because their server died or was late."""
 
@@ -62,7 +62,7 @@ class Call:
     counts: Counts
     on_done: Callable[[Completion], None] | None
     on_trouble: Callable[[Seat], None]
-    """Told that a server hung up or was late."""
+    """Told that a server hung up, failed or was late."""
     max_running: int
     request_timeout_s: float
     version: int
@@ -172,9 +172,8 @@ class Call:
                 self.on_trouble(seat)
                 if self._stands(attempt):
                     self._queue.late(attempt.index, seat.server.name)
-                    self._give_up(
-                        [attempt], f"was not answered by {seat.server.name!r} in {self.request_timeout_s:g} s"
-                    )
+                    limit = f"{self.request_timeout_s:g} s (fleet.request_timeout_s)"
+                    self._give_up([attempt], f"was not answered by {seat.server.name!r} in {limit}")
             elif (error := answer.exception()) is not None:
                 await self._failed(attempt, error)
             else:
@@ -205,7 +204,14 @@ class Call:
         """Sends it again if the server may answer next time; anything else ends the call."""
         if isinstance(error, aiohttp.ClientResponseError) and error.status in (429, 503):
             self._retry(attempt, f"refused with status {error.status}")
-        elif isinstance(error, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError)):
+        elif isinstance(error, aiohttp.ClientResponseError) and error.status >= 500:
+            self.on_trouble(attempt.seat)
+            if self._stands(attempt):
+                name = attempt.seat.server.name
+                self._spend(attempt, f"ended in an error of {name!r} ({error.message})")
+                self._queue.late(attempt.index, name)
+                self._retry(attempt, f"failed with status {error.status}")
+        elif isinstance(error, CUT):
             self.on_trouble(attempt.seat)
             if self._stands(attempt):  # the server lives, and so may the request
                 await self._abort_on(attempt.seat, [self.requests[attempt.index].id])
@@ -227,16 +233,20 @@ class Call:
     def _give_up(self, attempts: Sequence[Attempt], what: str) -> None:
         for attempt in attempts:
             self._drop(attempt)
-            self._spent[attempt.index] += 1
-            if self._spent[attempt.index] >= MAX_ATTEMPTS:
-                self.fail(
-                    RunError(
-                        f"request {self.requests[attempt.index].id!r} {what}, the last of {MAX_ATTEMPTS} attempts; it "
-                        "may be what stops the servers, or raise fleet.request_timeout_s"
-                    )
-                )
+            self._spend(attempt, what)
         self.counts.requeued += len(attempts)
         self._wait_again([a.index for a in attempts])
+
+    def _spend(self, attempt: Attempt, what: str) -> None:
+        """Counts an attempt that the request may have spoilt; the last one ends the call."""
+        self._spent[attempt.index] += 1
+        if self._spent[attempt.index] >= MAX_ATTEMPTS:
+            name = self.requests[attempt.index].id
+            self.fail(
+                RunError(
+                    f"request {name!r} {what}, the last of {MAX_ATTEMPTS} attempts; it may be what stops the servers"
+                )
+            )
 
     def _wait_again(self, indices: Sequence[int]) -> None:
         for index in self._aborted.intersection(indices):

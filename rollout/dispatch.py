@@ -28,6 +28,10 @@ BACKOFF_S = 0.05
 BACKOFF_MAX_S = 5.0
 
 
+CUT = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError)
+"""What `Server.complete` raises where the connection broke. The request may go on at the server until `abort`."""
+
+
 class Server(Member, Protocol):
     """What a fleet needs of a server."""
 
@@ -67,11 +71,12 @@ class Server(Member, Protocol):
         ...
 
     async def complete(self, http: aiohttp.ClientSession, request: Request) -> Completion:
-        """The response. Raises aiohttp's errors, with `status` where it refused."""
+        """The response. Raises aiohttp's errors, with `status` where it refused or failed; `CUT` are among them."""
         ...
 
     async def abort(self, http: aiohttp.ClientSession, request_ids: Iterable[str]) -> None:
-        """Ends requests that run on it; their `complete` returns what they have."""
+        """Ends requests that run on it, those whose `complete` raised one of `CUT` included; the `complete` of others
+        returns what they have."""
         ...
 
 
@@ -183,7 +188,7 @@ class Queue:
         self._waiting.remove(index)
 
     def late(self, index: int, name: str) -> None:
-        """The server took too long over the request, which had better go elsewhere."""
+        """The server took too long over the request, or failed at it, so it had better go elsewhere."""
         self._late.setdefault(index, set()).add(name)
 
     def forget(self, name: str) -> None:

@@ -81,7 +81,7 @@ class Fleet:
 
     @property
     def retries(self) -> int:
-        """Requests sent again because a server refused them or hung up, since the start."""
+        """Requests sent again because a server refused them, failed at them or hung up, since the start."""
         return self._counts.retries
 
     @property
@@ -126,6 +126,16 @@ class Fleet:
             done = [pool.submit(work, seat) for seat in seats]
         for future in done:
             future.result()
+
+    def look(self) -> None:
+        """Asks all servers, between two calls of `generate`, whether they are well: one that hangs is noticed only by
+        asking, and started again as within a call."""
+
+        async def look() -> None:
+            async with self._http() as http:
+                await self._health.look(http)
+
+        asyncio.run(look())
 
     # Engine
 
@@ -236,11 +246,14 @@ class Fleet:
         if len({request.id for request in requests}) < len(requests):
             raise ValueError("two requests have the same id; give each its own")
 
+    def _http(self) -> aiohttp.ClientSession:
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=self._dead_after_s)
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limits)
+
     async def _generate(
         self, requests: Sequence[Request], on_done: Callable[[Completion], None] | None
     ) -> list[Completion]:
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=self._dead_after_s)
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limits) as http:
+        async with self._http() as http:
             call = Call(
                 requests=requests,
                 seats=self._seats,

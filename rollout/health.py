@@ -11,6 +11,9 @@ States of a server, each change logged once with its reason:
     dead --joined: it answers a probe again--> waiting for weights
     restarting --start_timeout_s in vain--> lost
     waiting for weights --recover, or a push between two calls--> serving
+
+A joined server may be another process than before, which has learned nothing, and nobody tells. So before `recover` it
+is joined anew, by `start`.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from typing import Any
 import aiohttp
 
 from miles_spec.rollout.call import Call
-from miles_spec.rollout.dispatch import Seat
+from miles_spec.rollout.dispatch import Seat, Server
 from miles_spec.types import RunError
 
 log = logging.getLogger(__name__)
@@ -76,6 +79,16 @@ class Health:
         assert self._call is None
         for seat in self.up():
             self._notice_exit(seat)
+
+    async def look(self, http: aiohttp.ClientSession) -> None:
+        """Probes all servers once, between two calls; as within one, who answers none for `dead_after_s` is dead."""
+        assert self._call is None
+        for seat in self.up():
+            if seat.state != "suspect":
+                seat.seen_s = time.monotonic()  # it was not asked meanwhile
+            self._version = max(self._version, seat.server.versions()["target"])
+        await asyncio.gather(*(self._ask(seat, http) for seat in self._seats.values() if _asked(seat)))
+        self._notice_dead()
 
     def close(self) -> None:
         """No server is started again from now on."""
@@ -137,10 +150,7 @@ class Health:
         repeat_s = 0.0
         while True:
             now = time.monotonic()
-            for seat in self._seats.values():
-                self._notice_exit(seat)
-                if seat.state == "suspect" and now - seat.seen_s > self._dead_after_s:
-                    self.die(seat, f"it has not answered for {now - seat.seen_s:.3g} s")
+            self._notice_dead()
             if call.runs(self._probe_s):
                 call.progress_s = now
             if now >= repeat_s:
@@ -161,25 +171,29 @@ class Health:
         wake = self._wake[seat.server.name]
         while True:
             if _asked(seat):
-                why, gone, asked_s = "it says that it is not well", False, time.monotonic()
-                try:
-                    async with asyncio.timeout(self._dead_after_s / 4):
-                        well = await seat.server.probe(call.http)
-                except (TimeoutError, aiohttp.ClientError, OSError) as error:
-                    # where nothing listens there may soon be another process, with other weights
-                    gone = seat.server.joined and isinstance(error, aiohttp.ClientConnectorError)
-                    well, why = False, f"it does not answer ({type(error).__name__}: {error})"
-                if _asked(seat) and asked_s >= seat.started_s:
-                    self._hear(seat, well, why, gone, call.version)
+                await self._ask(seat, call.http)
             wake.clear()
             await _passes(wake, self._probe_s)
 
-    def _hear(self, seat: Seat, well: bool, why: str, gone: bool, version: int) -> None:
+    async def _ask(self, seat: Seat, http: aiohttp.ClientSession) -> None:
+        """One probe."""
+        why, gone, asked_s = "it says that it is not well", False, time.monotonic()
+        try:
+            async with asyncio.timeout(self._dead_after_s / 4):
+                well = await seat.server.probe(http)
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            # where nothing listens there may soon be another process, with other weights
+            gone = seat.server.joined and isinstance(error, aiohttp.ClientConnectorError)
+            well, why = False, f"it does not answer ({type(error).__name__}: {error})"
+        if _asked(seat) and asked_s >= seat.started_s:
+            self._hear(seat, well, why, gone)
+
+    def _hear(self, seat: Seat, well: bool, why: str, gone: bool) -> None:
         """Draws the conclusion from a probe."""
         if well:
             seat.seen_s = time.monotonic()
             if seat.state == "suspect":
-                self._admit(seat, version, "it answers again and serves")
+                self._admit(seat, self._version, "it answers again and serves")
             elif seat.state == "dead":
                 seat.enter("waiting for weights", "it answers again")
         elif gone and seat.state != "dead":
@@ -191,6 +205,14 @@ class Health:
         """A request failed there: looks at once."""
         self._notice_exit(seat)
         self._wake[seat.server.name].set()
+
+    def _notice_dead(self) -> None:
+        """Those whose process has exited, and those that have not answered for too long."""
+        for seat in self._seats.values():
+            self._notice_exit(seat)
+            silent_s = time.monotonic() - seat.seen_s
+            if seat.state == "suspect" and silent_s > self._dead_after_s:
+                self.die(seat, f"it has not answered for {silent_s:.3g} s")
 
     def _notice_exit(self, seat: Seat) -> None:
         if seat.state in UP and not seat.pushing and not seat.server.alive():
@@ -242,10 +264,16 @@ class Health:
             else:
                 await _passes(ended, min(LOOK_S, self._probe_s))
 
+    def _supply(self, server: Server) -> None:
+        """In a thread: pushes weights to a server."""
+        if server.joined:
+            server.start()
+        self._recover(server)
+
     async def _recover_one(self, seat: Seat, call: Call) -> None:
         fault, seat.pushing = "", True
         try:
-            await asyncio.to_thread(self._recover, seat.server)
+            await asyncio.to_thread(self._supply, seat.server)
         except Exception as error:  # whatever it is, the server must not serve; the log says why
             log.warning("server %r did not get its weights", seat.server.name, exc_info=True)
             fault = f"its weights were not pushed: {type(error).__name__}: {error}"

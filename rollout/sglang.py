@@ -21,11 +21,13 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from miles_spec.rollout.dispatch import CUT
 from miles_spec.rollout.sglang_api import Api, Features, Keys, check_rule, check_served, json_object
 from miles_spec.rollout.sglang_args import ServerSettings, arguments, depths, installed, refuse_greedy
 from miles_spec.rollout.sglang_process import ServerProcess, environment, start_server
 from miles_spec.rollout.sglang_requests import completion, context_room, payload, post
 from miles_spec.rollout.sglang_session import PushSession
+from miles_spec.sync.transports import said
 from miles_spec.sync.wire import Mailbox
 from miles_spec.types import Completion, Request, Role, RunError, TensorMeta
 
@@ -93,7 +95,9 @@ class SGLangServer:
         self._opened: tuple[Role, int] | None = None
         self._push: tuple[Role, ...] = ()
         self._broken = ""
+        self._stuck = ""
         self._running: dict[str, str] = {}
+        self._cut: dict[str, str] = {}
         self._released = False
         self._had_target = False
         self._manifest: dict[Role, dict[str, TensorMeta]] = {}
@@ -257,6 +261,7 @@ class SGLangServer:
         with self._lock:
             self._versions = dict.fromkeys(self._versions, -1)
             self._manifest, self._released, self._had_target = {}, False, False
+            self._cut = {}
 
     # Generation
 
@@ -278,8 +283,8 @@ class SGLangServer:
     async def complete(self, http: aiohttp.ClientSession, request: Request) -> Completion:
         """The response to one request.
 
-        Raises `RuntimeError` while it may not generate; aiohttp's errors, with `status` 429 or 503 where the server is
-        busy, `ConnectionError` for other failures of the server; `RunError` for an answer that cannot be used.
+        Raises `RuntimeError` while it may not generate; aiohttp's errors, with `status` where the server answered that
+        it is busy (429, 503) or failed (other 5xx); `RunError` for an answer that cannot be used.
         `Completion.accepted` is empty, since SGLang does not say which tokens were drafted. For `logprobs` and the
         counters see `sglang_requests`.
         """
@@ -295,6 +300,10 @@ class SGLangServer:
             target, draft, depth = self._versions["target"], self._versions.get("draft", -1), features.depth
         try:
             text = await post(http, self.url + "/generate", body, self._keys.header())
+        except CUT:
+            with self._lock:
+                self._cut[rid] = request.id
+            raise
         finally:
             with self._lock:
                 self._running.pop(request.id, None)
@@ -308,12 +317,16 @@ class SGLangServer:
         )
 
     async def abort(self, http: aiohttp.ClientSession, request_ids: Iterable[str] | None = None) -> None:
-        """Ends the named requests (all if None); their `complete` returns what they have."""
+        """Ends the named requests (all if None), also those that may go on behind a connection that broke; the
+        `complete` of others returns what they have."""
         with self._lock:
-            ids = list(self._running) if request_ids is None else request_ids
-            rids = [self._running[i] for i in ids if i in self._running]
+            ids = {*self._running, *self._cut.values()} if request_ids is None else set(request_ids)
+            rids = [rid for request_id, rid in self._running.items() if request_id in ids]
+            rids += [rid for rid, request_id in self._cut.items() if request_id in ids]
         for rid in rids:
             await post(http, self.url + "/abort_request", {"rid": rid}, self._keys.header(admin=True))
+            with self._lock:
+                self._cut.pop(rid, None)
 
     async def probe(self, http: aiohttp.ClientSession) -> bool:
         """Whether it answers and says that it is well, after making a token where it can. Raises aiohttp's errors."""
@@ -412,15 +425,16 @@ class SGLangServer:
         self._push = tuple(roles)
 
     def end_push(self) -> None:
-        """See `PushMember.end_push`; it serves nothing then if that failed."""
+        """See `PushMember.end_push`. It fails, too, if a session of the push did not close and the target had been
+        verified before: its receipt no longer holds."""
         self._push = ()
+        stuck, self._stuck = self._stuck, ""
         if self._session is not None:
-            try:
-                self._close()
-            except BaseException:
-                with self._lock:
-                    self._versions = dict.fromkeys(self._versions, -1)
-                raise
+            self._close()
+        if stuck:
+            with self._lock:
+                self._versions = dict.fromkeys(self._versions, -1)
+            raise RunError(f"server {self.name!r} did not end a session of the push: {stuck}")
 
     def begin_update(self, version: int, roles: Sequence[Role]) -> None:
         """Opens a session of one role, which serves nothing until the session ends well.
@@ -451,7 +465,8 @@ class SGLangServer:
         Within a push that goes well, the loaders go on waiting for the next role.
 
         A tensor on which the ranks do not agree gets a text that no digest equals. Raises `RunError`, `ConnectionError`
-        or `TimeoutError` if they cannot be read or the server did not end the session; the role then serves nothing.
+        or `TimeoutError` if they cannot be read, the role then serves nothing, or if the server did not end the
+        session; then no role does.
         """
         session, opened = self._session, self._opened
         if session is None or opened is None:
@@ -474,7 +489,7 @@ class SGLangServer:
         return {role: digests}
 
     def _open(self, role: Role, version: int, push: Sequence[Role]) -> None:
-        """Rings for a role and, where the session is one of a push, for those that may follow; or goes on with it."""
+        """Rings for a role and, where the session is one of a push, for those still to come; or goes on with it."""
         features = self._known_features()
         with self._lock:
             session = self._session if push and self._opened is None else None
@@ -496,7 +511,7 @@ class SGLangServer:
         if session is not None:
             session.role = role
             return
-        roles = (role, *(other for other in push if other != role))
+        roles = push[push.index(role) :] if push else (role,)
         try:
             session = PushSession(Api(self.url, self._keys), features, mailbox, roles, self._push_timeout_s)
         except BaseException:
@@ -508,7 +523,7 @@ class SGLangServer:
             self._had_target = self._had_target or role == "target"
 
     def _close(self) -> None:
-        """Ends the session; what was cached with the old weights goes."""
+        """Ends the session; what was cached with the old weights goes. Nothing is served if that fails."""
         session = self._session
         assert session is not None
         try:
@@ -518,6 +533,12 @@ class SGLangServer:
             else:
                 session.close()
                 self.flush()
+        except BaseException as error:
+            with self._lock:
+                if self._push and self._versions["target"] >= 0:
+                    self._stuck = said(error)
+                self._versions = dict.fromkeys(self._versions, -1)
+            raise
         finally:
             with self._lock:
                 self._session = self._opened = None

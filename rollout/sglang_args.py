@@ -80,6 +80,7 @@ _ONLY_ONE = {
 _LOSSY_ENVIRONMENT = {
     "SGLANG_SIMULATE_ACC_LEN": "it accepts drafted tokens that the policy would not have sampled",
     "SGLANG_RETURN_ORIGINAL_LOGPROB": "log-probabilities would not be those at the rollout temperature",
+    "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED": "experts that a push did not load would be reordered a second time after it",
 }
 
 

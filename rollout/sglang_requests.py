@@ -157,17 +157,16 @@ def _finish(reason: Any, version: str) -> Finish:
 
 
 async def post(http: aiohttp.ClientSession, url: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> str:
-    """The text of the answer, waited for as long as the caller does.
+    """The text of the answer, waited for as long as `http` does.
 
-    Raises aiohttp's errors, with `status` 429 or 503 where the server is busy, and otherwise as `refuse` does.
+    Raises aiohttp's errors, with `status` and what was said where the server is busy or failed (429 or 5xx), and
+    otherwise as `refuse` does.
     """
-    async with http.post(url, json=body, headers=headers, timeout=aiohttp.ClientTimeout(total=None)) as answer:
+    async with http.post(url, json=body, headers=headers) as answer:
         text = await answer.text()
         try:
             refuse(answer.status, text, url)
         except ServerBusy as busy:
-            if busy.status not in (429, 503):
-                raise
             raise aiohttp.ClientResponseError(
                 answer.request_info, answer.history, status=busy.status, message=str(busy)
             ) from None

@@ -33,8 +33,12 @@ class FakeServer:
         """Answers late even where the caller went away."""
         self.busy: list[int] = []
         """Status of the next answers."""
+        self.says = ""
+        """What stands in them."""
         self.drops = 0
-        """Connections that it will break."""
+        """Connections that it will break; their requests go on until they are aborted."""
+        self.cut: set[str] = set()
+        """Those."""
         self.deaf = 0
         """Aborts that it will not notice."""
         self.start_errors: list[Exception] = []
@@ -49,9 +53,11 @@ class FakeServer:
         self.running: dict[str, asyncio.Event] = {}
         self.probes = 0
         self.on_sent: Callable[[Request], None] = lambda request: None
+        self.on_start: Callable[[], object] = lambda: None
 
     def start(self) -> None:
         self.starts += 1
+        self.on_start()
         time.sleep(self.start_s)
         if self.start_errors:
             raise self.start_errors.pop(0)
@@ -96,6 +102,8 @@ class FakeServer:
         self.up = False
         for event in self.running.values():
             event.set()
+        for request_id in list(self.cut):
+            self._end(request_id)
 
     async def probe(self, http: aiohttp.ClientSession) -> bool:
         self.probes += 1
@@ -107,13 +115,15 @@ class FakeServer:
 
     async def abort(self, http: aiohttp.ClientSession, request_ids: Iterable[str]) -> None:
         self._reach()
-        self.aborts += request_ids
+        known = [request_id for request_id in request_ids if request_id in self.running]
+        self.aborts += known
         if self.deaf:
             self.deaf -= 1
             return
-        for request_id in request_ids:
-            if request_id in self.running:
-                self.running[request_id].set()
+        for request_id in known:
+            self.running[request_id].set()
+            if request_id in self.cut:
+                self._end(request_id)
 
     async def complete(self, http: aiohttp.ClientSession, request: Request) -> Completion:
         self._reach()
@@ -122,19 +132,24 @@ class FakeServer:
         self.on_sent(request)
         self._reach()
         if self.busy:
-            raise refusal(self.busy.pop(0))
-        if self.drops:
-            self.drops -= 1
-            raise aiohttp.ServerDisconnectedError
+            raise refusal(self.busy.pop(0), self.says)
         assert request.id not in RUNNING, "a request runs twice"
         assert len(self.running) < self.most, "more requests than may run on one server"
         ended, version = asyncio.Event(), self.version
         self.running[request.id] = ended
         RUNNING[request.id] = self
+        if self.drops:
+            self.drops -= 1
+            self.cut.add(request.id)
+            raise aiohttp.ServerDisconnectedError
         try:
             return await self._decode(request, ended, version)
         finally:
-            del self.running[request.id], RUNNING[request.id]
+            self._end(request.id)
+
+    def _end(self, request_id: str) -> None:
+        del self.running[request_id], RUNNING[request_id]
+        self.cut.discard(request_id)
 
     async def _decode(self, request: Request, ended: asyncio.Event, version: int) -> Completion:
         made, finish = 0, "length"
@@ -170,10 +185,13 @@ class FakeServer:
 
 RUNNING: dict[str, FakeServer] = {}
 """All requests that run, and where."""
+FLEETS: list[Fleet] = []
+"""Of the test at hand."""
 
 
-def refusal(status: int) -> aiohttp.ClientResponseError:
-    return aiohttp.ClientResponseError(SimpleNamespace(real_url="http://fake/generate"), (), status=status)  # type: ignore[arg-type]
+def refusal(status: int, says: str = "") -> aiohttp.ClientResponseError:
+    asked: Any = SimpleNamespace(real_url="http://fake/generate")
+    return aiohttp.ClientResponseError(asked, (), status=status, message=says)
 
 
 def requests(count: int, tokens: int = 5, same: int = 1) -> list[Request]:
@@ -192,7 +210,19 @@ def fleet_of(servers: Sequence[FakeServer], recover: Callable[[Any], None] = pus
     defaults: dict[str, Any] = dict(
         max_running=MOST, max_context=100, probe_s=0.01, dead_after_s=20.0, start_timeout_s=20.0, request_timeout_s=20.0
     )
-    return Fleet(servers, recover=recover, **defaults | settings)
+    FLEETS.append(fleet := Fleet(servers, recover=recover, **defaults | settings))
+    return fleet
+
+
+def leave_nothing() -> None:
+    """After a test: no server is being started any more, which would log into the next one, and no request runs."""
+    while FLEETS:
+        health = FLEETS.pop()._health
+        health.close()
+        health.join()
+    left = dict(RUNNING)
+    RUNNING.clear()
+    assert not left, "a call left requests running"
 
 
 def answers(fleet: Fleet, asked: Sequence[Request]) -> list[Completion]:

@@ -262,6 +262,8 @@ class FakeLoader:
     """Rank, role and command of everything that was asked."""
     open: int = 0
     """Loaders that run."""
+    learned: set[str] | None = None
+    """Roles that it has learned in this process; it takes no other, as the real one. None is all."""
 
     def __call__(self, rank: int, bell: dict[str, Any]) -> None:
         from miles_spec.sync.wire import connect
@@ -282,7 +284,7 @@ class FakeLoader:
 
     def answer(self, channel: Any, idle_s: float, rank: int, role: str) -> bool:
         command = channel.receive(idle_s)
-        do = command["do"]
+        do, role = command["do"], command.get("role", role)
         self.commands.append((rank, role, command))
         if do == self.hang_up_at:
             return False
@@ -292,7 +294,11 @@ class FakeLoader:
         content: dict[str, Any] = {"ok": True}
         if isinstance(fault, str):
             content = {"fault": fault}
+        elif do in ("load", "digest") and self.learned is not None and role not in self.learned:
+            content = {"fault": f"the places of the {role}'s tensors are not known; learn them first"}
         elif do == "learn":
+            if self.learned is not None:
+                self.learned.add(role)
             content["served"] = {name: [dtype, shape] for name, dtype, shape in command["tensors"]}
             content["faults"] = fault if isinstance(fault, list) else []
         elif do == "digest":

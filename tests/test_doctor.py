@@ -14,10 +14,11 @@ import torch
 
 from fake_sglang import COMMAND, FLAGS
 from miles_spec import doctor as module
-from miles_spec.config import FleetConfig, RolloutConfig, RunConfig
+from miles_spec.config import DraftConfig, FleetConfig, RolloutConfig, RunConfig
 from miles_spec.doctor import DEPTH, Finding, doctor, findings, flags, gpus, loader, shared_memory, versions
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.sglang_args import Installed
+from miles_spec.serve import Hosted
 from miles_spec.sync.session import Syncer
 from miles_spec.sync.transports import InProcess
 from miles_spec.types import RunError
@@ -192,6 +193,27 @@ def test_a_server_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
     (found,) = run(monkeypatch, Dead)
     assert found == Finding("FAULT", "start of a server: exited with status 3")
+
+
+@pytest.mark.parametrize("draft", [{"family": "nextn", "layers": 2}, {"path": "absent"}, {"enabled": False}])
+def test_the_small_server_has_a_draft_of_its_own(draft: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the run file says of another model's."""
+
+    def start(hosted: Hosted) -> None:
+        raise RunError("not started here")
+
+    monkeypatch.setattr(Hosted, "start", start)
+    (found,) = module.served(replace(SERVED, draft=DraftConfig(**draft)))
+    assert found == Finding("FAULT", "start of a server: not started here")
+    small = module.trial(replace(SERVED, draft=DraftConfig(**draft))).draft
+    assert (small.enabled, small.fresh_family, small.layers, small.path) == (True, "eagle", 1, "")
+
+
+def test_settings_of_no_server_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fault(module.served(replace(SERVED, fleet=FleetConfig(gpus=(0,))))).startswith(
+        "settings of a server: fleet.gpus names GPUs"
+    )
 
 
 def test_a_server_that_takes_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from fake_server import FakeServer, fleet_of, wait_until
 from miles_spec import serve as module
 from miles_spec.config import FleetConfig, RolloutConfig, RunConfig
 from miles_spec.rollout.launch import ADMIN_KEY, API_KEY
@@ -44,6 +45,9 @@ class Hosted:
         self.pushed: list[str] = []
         self.faults: list[Exception] = []
         self.told = threading.Event()
+
+    def look(self) -> None:
+        pass
 
     def members(self) -> list[Server]:
         return [server for server in self.servers if server.runs]
@@ -90,6 +94,32 @@ def test_a_server_that_started_anew_is_pushed_to_before_it_is_announced() -> Non
     hosted = Hosted(a, b, looks=6, then={1: die, 3: back})
     assert hosted.watch() == [["http://a:1", "http://b:1"], ["http://a:2", "http://b:1"]]
     assert hosted.pushed == ["a"]
+
+
+def test_a_server_that_hangs_is_started_again_and_pushed_to() -> None:
+    class Started(FakeServer):
+        """Answers at another address after each start."""
+
+        @property
+        def url(self) -> str:
+            return f"http://{self.name}:{self.starts}"
+
+    server = Started("a")
+    fleet = fleet_of([server], dead_after_s=0.2)
+
+    class Fleets(Hosted):
+        def look(self) -> None:
+            fleet.look()
+
+        def members(self) -> list[Any]:
+            return list(fleet.members())
+
+    def hang() -> None:
+        server.hung = True
+
+    hosted = Fleets(looks=10, then={2: hang, 9: lambda: wait_until(lambda: len(fleet.members()) == 1)})
+    assert hosted.watch() == [["http://a:0"], ["http://a:1"]]
+    assert hosted.pushed == ["a"] and server.starts == server.explained == 1
 
 
 def test_a_push_that_fails_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:

@@ -200,6 +200,7 @@ def test_the_fingerprint_is_of_the_vocabulary() -> None:
     [
         (EAGLE, "gemma", "family 'eagle' for glm4_moe, .*llama, .*, not for gemma"),
         (EAGLE3, "gemma", "family 'eagle3' for .*, not for gemma"),
+        (EAGLE, "qwen3_next", "family 'eagle' for .*, not for qwen3_next"),
         (NEXTN, "llama", "family 'nextn' for deepseek_v3, glm4_moe models, not for llama"),
         (MIMO, "qwen3", "family 'mimo' for qwen2 models, not for qwen3"),
         (QWEN_MTP, "qwen3_next", "family 'qwen_mtp' for qwen3_moe models, not for qwen3_next"),
@@ -211,6 +212,13 @@ def test_a_target_that_cannot_be_served_is_refused(spec: DraftSpec, kind: str, s
     with pytest.raises(ValueError, match=says):
         export(_head(kind, spec=spec), tmp_path / "draft", dtype=torch.float32)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_target_that_takes_no_push_is_refused_for_every_draft() -> None:
+    """Qwen3-Next's norms are changed as SGLang loads them."""
+    for spec in FAMILIES.values():
+        with pytest.raises(ValueError, match="not for qwen3_next"):
+            check_served("qwen3_next", spec)
 
 
 def test_several_layers_are_not_served() -> None:

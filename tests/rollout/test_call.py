@@ -12,16 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fake_server import MOST, RUNNING, FakeServer, answers, complete, fleet_of, refusal, requests
+from fake_server import MOST, FakeServer, answers, complete, fleet_of, leave_nothing, refusal, requests
 from miles_spec.types import Completion, Request, RunError, Sampling
 
 
 @pytest.fixture(autouse=True)
 def nothing_runs() -> Any:
     yield
-    left = dict(RUNNING)
-    RUNNING.clear()
-    assert not left, "a call left requests running"
+    leave_nothing()
 
 
 # Without faults
@@ -135,6 +133,35 @@ def test_a_server_that_never_has_room_ends_the_call(monkeypatch: pytest.MonkeyPa
         fleet_of([server], start_timeout_s=0.2).generate(requests(3))
 
 
+def test_a_server_that_fails_at_a_request_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("miles_spec.rollout.dispatch.BACKOFF_S", 0.002)
+    server = FakeServer("a")
+    server.busy = [500] * 4
+    fleet = fleet_of([server])
+    complete(fleet, requests(1))
+    assert fleet.retries == 4 and fleet.requeued == 0 and len(server.sent) == 5
+
+
+@pytest.mark.parametrize("status", [500, 502])
+def test_a_request_at_which_servers_fail_again_and_again_ends_the_call(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miles_spec.rollout.dispatch.BACKOFF_S", 0.002)
+    server = FakeServer("a")
+    server.busy, server.says = [status] * 1000, "Out of memory even after retracting"
+    with pytest.raises(RunError, match=r"'r0' ended in an error of 'a' \(Out of memory .*\), the last of 5 attempts"):
+        fleet_of([server]).generate(requests(1))
+    assert len(server.sent) == 5
+
+
+def test_a_request_at_which_a_server_fails_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("miles_spec.rollout.dispatch.BACKOFF_S", 0.0)
+    bad, good = FakeServer("a"), FakeServer("b")
+    bad.busy = [500] * 1000
+    complete(fleet_of([bad, good]), requests(3))
+    assert max(Counter(bad.sent).values()) == 1
+
+
 def test_a_connection_that_breaks_is_ended_on_the_server_and_tried_again() -> None:
     server = FakeServer("a")
     server.drops = 2
@@ -230,10 +257,10 @@ def test_abort_by_name_from_another_thread() -> None:
     server.on_sent = lambda request: began.set()
     thread = threading.Thread(target=lambda: began.wait(5) and fleet.abort(["r1", "r7", "unknown"]))
     thread.start()
-    done = answers(fleet, requests(8, tokens=30))
+    done = answers(fleet, requests(8, tokens=90))
     thread.join()
     assert [c.finish for c in done] == ["abort" if i in (1, 7) else "length" for i in range(8)]
-    assert "r7" not in server.sent and len(done[1].tokens) < 30
+    assert "r7" not in server.sent and len(done[1].tokens) < 90
 
 
 def test_abort_that_overtakes_its_request_is_repeated() -> None:

@@ -268,14 +268,11 @@ def test_requests_are_answered_with_the_versions_that_served_them(fake: FakeSGLa
 def test_a_busy_server_says_so_and_a_broken_one_too(fake: FakeSGLang) -> None:
     server = joined(fake)
     serve(server)
-    for status, kind in (
-        (503, aiohttp.ClientResponseError),
-        (429, aiohttp.ClientResponseError),
-        (500, ConnectionError),
-    ):
+    for status in (503, 429, 500):
         fake.faults.busy, fake.faults.busy_status = 1, status
         (error,) = ask(server, request())
-        assert isinstance(error, kind) and getattr(error, "status", 500) == status and "queue is full" in str(error)
+        assert isinstance(error, aiohttp.ClientResponseError) and error.status == status
+        assert "queue is full" in error.message
     fake.faults.hang_up = 1
     (error,) = ask(server, request())
     assert isinstance(error, aiohttp.ClientConnectionError)

@@ -125,9 +125,11 @@ def test_what_is_ours_or_lossy_is_refused_by_name(name: str, setting: object, sa
 
 def test_lossy_environment_variables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check(SETTINGS)
-    monkeypatch.setenv("SGLANG_SIMULATE_ACC_LEN", "3")
-    with pytest.raises(ValueError, match="SGLANG_SIMULATE_ACC_LEN is set"):
-        check(SETTINGS)
+    for name, value in (("SGLANG_SIMULATE_ACC_LEN", "3"), ("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED", "1")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(ValueError, match=f"{name} is set"):
+                check(SETTINGS)
 
 
 def test_rejection_over_a_reduced_vocabulary_is_refused() -> None:

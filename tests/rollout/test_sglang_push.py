@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import aiohttp
 import pytest
+import torch
 
 from fake_sglang import FakeLoader, FakeSGLang
 from joined import METAS, ask, during, joined, request, serve
 from miles_spec.rollout.engine import PushMember
 from miles_spec.rollout.sglang import SGLangServer
-from miles_spec.types import Completion, RunError
+from miles_spec.rollout.sglang_session import PushSession
+from miles_spec.sync.digest import digests
+from miles_spec.sync.session import Syncer, TargetSyncError
+from miles_spec.sync.transports import Bucket, Fault, Faults, InProcess
+from miles_spec.types import Completion, Receipt, Role, RunError
 
 
 def loader(fake: FakeSGLang) -> FakeLoader:
@@ -92,8 +98,11 @@ def test_a_role_that_breaks_off_is_rung_for_again(fake: FakeSGLang) -> None:
         server.end_update()
     assert loader(fake).open == 0 and server.versions() == {"target": 1, "draft": -1}
     loader(fake).hang_up_at = ""
+    fake.calls.clear()
     server.begin_update(1, ["draft"])
     assert bell_body(fake).get("selector", "draft") == "draft"
+    begun = [body for _, path, body in fake.calls if path == "/begin_weight_update"]
+    assert begun == ([] if fake.version == "0.5.17" else [{"selector": "draft"}]), "the target's turn is over"
     assert server.end_update() == {"draft": {"w": "right"}}
     server.end_push()
     assert server.versions() == {"target": 1, "draft": 1}
@@ -129,6 +138,99 @@ def test_a_push_that_does_not_end_serves_nothing(fake: FakeSGLang, monkeypatch: 
     push_both(server, 1)
     server.end_push()
     assert server.versions() == {"target": 1, "draft": 1}
+
+
+def does_not_close(session: PushSession, close: Callable[[PushSession], None] = PushSession.close) -> None:
+    close(session)
+    raise TimeoutError("the weight update did not end")
+
+
+def test_a_draft_that_does_not_close_takes_the_target_with_it(
+    fake: FakeSGLang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = joined(fake)
+    server.begin_push(["target", "draft"])
+    server.begin_update(1, ["target"])
+    server.end_update()
+    loader(fake).hang_up_at = "load"
+    server.begin_update(1, ["draft"])
+    with pytest.raises(ConnectionError):
+        server.deliver({"do": "load"})
+    with monkeypatch.context() as patch:
+        patch.setattr(PushSession, "close", does_not_close)
+        with pytest.raises(TimeoutError, match="did not end"):
+            server.end_update()
+    assert server.versions() == {"target": -1, "draft": -1}
+    loader(fake).hang_up_at = ""
+    server.begin_update(1, ["draft"])
+    assert server.end_update() == {"draft": {"w": "right"}}
+    with pytest.raises(RunError, match=r"'e0' did not end a session of the push: TimeoutError: the weight update"):
+        server.end_push()
+    assert server.versions() == {"target": -1, "draft": -1} and loader(fake).open == 0
+    (error,) = ask(server, request())
+    assert isinstance(error, RuntimeError) and "no verified target" in str(error)
+    push_both(server, 2)
+    server.end_push()
+    assert server.versions() == {"target": 2, "draft": 2}
+
+
+class Nothing(InProcess):
+    """Sends commands without weights, which the fake's loader takes."""
+
+    def open(self, members: Sequence[Any], role: Role, room_bytes: int) -> Faults:
+        return {}
+
+    def send(self, members: Sequence[Any], role: Role, bucket: Bucket) -> Faults:
+        faults: Faults = {}
+        for member in members:
+            try:
+                member.deliver({"do": "load"})
+            except ConnectionError as error:
+                faults[member.name] = Fault(why=str(error))
+        return faults
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_the_receipt_of_a_target_that_a_draft_took_with_it_is_not_green(
+    fake: FakeSGLang, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Whether or not the second attempt at the draft ends well."""
+    tensor = torch.ones(2, 3)
+    loader(fake).digests = digests({"w": tensor}.items())
+    server = joined(fake)
+    server.learn("target", METAS)
+    server.learn("draft", METAS)
+    sync, closes = Syncer(Nothing()), []
+
+    def both() -> list[Receipt]:
+        return sync.push([server], version=3, target={"w": tensor}, draft_version=3, draft={"w": tensor})
+
+    assert all(receipt.verified for receipt in both())
+    assert server.versions() == {"target": 3, "draft": 3}
+
+    def close(session: PushSession) -> None:
+        closes.append(session.role)
+        if again and len(closes) > 1:
+            session_close(session)
+        else:
+            does_not_close(session)
+
+    session_close = PushSession.close
+    ask_ranks = PushSession.ask
+
+    def ask_once(session: PushSession, command: Any, timeout_s: float | None = None) -> Any:
+        if session.role == "draft" and not closes:
+            raise ConnectionError("rank 0 is gone")
+        return ask_ranks(session, command, timeout_s)
+
+    monkeypatch.setattr(PushSession, "close", close)
+    monkeypatch.setattr(PushSession, "ask", ask_once)
+    with pytest.raises(TargetSyncError, match=r"'e0' does not serve the target of version 3.*did not end"):
+        both()
+    assert closes == ["draft", "draft"]
+    assert server.versions() == {"target": -1, "draft": -1} and server.draft_depth == 3
+    (error,) = ask(server, request())
+    assert isinstance(error, RuntimeError) and "no verified target" in str(error)
 
 
 def test_every_rank_obeys_and_all_must_agree(fake: FakeSGLang) -> None:
@@ -180,9 +282,11 @@ def test_a_loader_that_goes_away_ends_the_session_and_the_next_one_works(fake: F
 
 
 def test_a_late_loader_is_a_timeout(fake: FakeSGLang) -> None:
-    server = joined(fake, push_timeout_s=0.3)
+    server = joined(fake)
     loader(fake).faults = {"load": 1.0}
     server.begin_update(1, ["target"])
+    assert server._session is not None
+    server._session._timeout_s = server._push_timeout_s = 0.3
     with pytest.raises(TimeoutError):
         server.deliver({"do": "load"})
     with pytest.raises((ConnectionError, TimeoutError)):

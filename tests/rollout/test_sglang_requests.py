@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
+import socket
 from typing import Any
 
+import aiohttp
 import pytest
 
 from fake_sglang import serving
 from miles_spec.rollout.sglang_api import Api, Keys, json_object
-from miles_spec.rollout.sglang_requests import completion, counts, payload
+from miles_spec.rollout.sglang_requests import completion, counts, payload, post
 from miles_spec.types import Completion, Request, RunError, Sampling, SpecCounts
 
 
@@ -134,6 +138,22 @@ def test_a_request_says_how_to_sample() -> None:
     assert payload(request(ignore_eos=True), "rid", eos=(2,))["sampling_params"]["stop_token_ids"] == []
     with pytest.raises(ValueError, match="would ignore too"):
         payload(request(ignore_eos=True, stop_token_ids=(7,)), "rid")
+
+
+def test_a_server_that_takes_no_connection_is_late_by_the_sessions_clock() -> None:
+    async def send(url: str) -> None:
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=0.3)
+        async with aiohttp.ClientSession(timeout=limits) as http, asyncio.timeout(10.0):
+            await post(http, url, {}, {})
+
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as stack:
+        host, port = full.getsockname()
+        for _ in range(4):  # nobody accepts them, so there is no room for another
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex((host, port))
+        with pytest.raises(aiohttp.ConnectionTimeoutError):
+            asyncio.run(send(f"http://{host}:{port}/generate"))
 
 
 def test_a_seed_of_any_size_fits() -> None:

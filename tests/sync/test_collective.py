@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 
 from fakes import RemoteFake
-from miles_spec.sync.collective import GROUPS, Collective
+from miles_spec.sync.collective import GROUPS, Collective, without_cumem
+from miles_spec.sync.group import CUMEM
 from miles_spec.sync.session import Syncer
 from miles_spec.types import Receipt, Role
 
@@ -57,6 +59,17 @@ def test_a_group_is_kept_over_sessions_and_made_anew_for_others(members: list[Re
     transport.stop()
     assert joined(members[:2], 7) == [False, True]
     transport.stop()
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "0"), ("1", "1")])
+def test_nccl_allocates_as_in_servers_unless_told(
+    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CUMEM, before or "")
+    if before is None:
+        monkeypatch.delenv(CUMEM)
+    without_cumem()
+    assert os.environ[CUMEM] == after
 
 
 @pytest.mark.gpu

@@ -196,6 +196,25 @@ def test_a_draft_that_stays_bad_is_switched_off_until_a_push_verifies(
     assert_serves(engine, weights(3))
 
 
+def test_a_bad_draft_on_a_member_that_cannot_restart_drafts_on(caplog: pytest.LogCaptureFixture) -> None:
+    """As a joined server: worse guesses, and the run goes on."""
+    engine, sync = FakeEngine(weights(0)), syncer()
+    engine.drop = {"fc"}
+
+    def set_draft_depth(depth: int) -> None:
+        raise ValueError("it was not started by this run")
+
+    engine.set_draft_depth = set_draft_depth  # type: ignore[method-assign]
+    for version in (1, 2):
+        target, draft = push(sync, engine, weights(version), version, version)
+        assert target.verified and not draft.verified and draft.attempts == 2
+        assert engine.draft_depth == 3 and engine.versions()["target"] == version and not engine.left
+    assert "drafts on with what it has" in caplog.text and "not started by this run" in caplog.text
+    engine.drop = set()
+    _, draft = push(sync, engine, weights(3), 3, 3)
+    assert draft.verified and engine.draft_depth == 3 and sync.drafting(engine)
+
+
 def test_engines_lose_their_drafts_one_by_one() -> None:
     good, bad = FakeEngine(weights(0), name="good"), FakeEngine(weights(0), name="bad", draft_depth=5)
     bad.drop = {"fc"}
