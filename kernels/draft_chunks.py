@@ -193,7 +193,7 @@ class Work:
         return job.chain[part.rows] * part.window + job.teacher_rows[part.rows] - part.low
 
     def _logits(self, part: Part, slots: Tensor | None, x: Tensor) -> tuple[Sweeps, Tensor]:
-        """Both blocks of logits, and what the target's were lessened by, tempered, for each row `[C]`."""
+        """Both blocks of logits, and what was subtracted from the target's, tempered, for each row `[C]`."""
         job = self._job
         labels = job.labels[part.rows]
         if job.group is not None:

@@ -41,6 +41,7 @@ from miles_spec.sync.session import Gathered, Syncer
 from miles_spec.sync.session import Weights as Sent
 from miles_spec.sync.transports import InProcess
 from miles_spec.train import ranks as followers
+from miles_spec.train.base import Trainer
 from miles_spec.train.megatron_args import MegatronArguments
 from miles_spec.train.packing import pack
 from miles_spec.train.ranks import Leader, Ranks
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from miles_spec.train.megatron import MegatronTrainer
 
     LocalTrainer = TorchTrainer | MegatronTrainer
-    AnyTrainer = LocalTrainer | Leader
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Run:
     tokenizer: Any
     source: PromptSource
     scorer: Scorer
-    trainer: AnyTrainer
+    trainer: Trainer
     draft: DraftHead | None
     """What `trainer` trains, or, where that has it on other ranks, a copy that `weights` brings up to date."""
     engine: Engine
@@ -274,7 +274,7 @@ def make_trainer(
     return TorchTrainer(model, draft, config, loaded.device, loaded.dtype, group=dist.group.WORLD)
 
 
-def start_trainer(config: RunConfig, loaded: models.Loaded, draft: DraftHead | None, ranks: Ranks | None) -> AnyTrainer:
+def start_trainer(config: RunConfig, loaded: models.Loaded, draft: DraftHead | None, ranks: Ranks | None) -> Trainer:
     """The run's trainer: this process's own, or one that all ranks work in, with this draft."""
     if ranks is None:
         return make_trainer(config, loaded, draft, None)
@@ -499,7 +499,7 @@ def _plain_rollouts(
 
 
 def _warm_start(
-    trainer: AnyTrainer, samples: Sequence[Sample], config: RunConfig, device: torch.device, *, fit: bool
+    trainer: Trainer, samples: Sequence[Sample], config: RunConfig, device: torch.device, *, fit: bool
 ) -> Iterator[LossTerms]:
     """Draft-only steps on the policy's own rollouts, with `fit` from the closed form of a fresh draft on."""
     budget = min(config.train.token_budget, WARMUP_BATCH_TOKENS)

@@ -29,6 +29,7 @@ from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.engine import Engine
 from miles_spec.rollout.sglang_args import with_underscores
 from miles_spec.tracking import write_atomically, write_summary
+from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import Request
 
 BATCHES = (1, 2, 4, 8)
@@ -102,6 +103,7 @@ def _with_two_servers(config: RunConfig, batch: int) -> RunConfig:
 
 def measure(run: Run, batches: Sequence[int], turns: int, requests: int, progress: Any = None) -> list[Row]:
     """The rows for prompts that come next in the run's data."""
+    assert isinstance(run.trainer, TorchTrainer)
     draft = run.trainer.draft
     assert draft is not None and draft.frozen is not None
     prompts = run.source.take(max(requests, 2 * max(batches)))

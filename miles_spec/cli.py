@@ -182,6 +182,7 @@ def _bench_sync(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
 
 
 def _bench_train(arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+    from miles_spec.settings import flags, literal
     from miles_spec.train_bench import Plan, Size, train
 
     plan = Plan(
@@ -195,7 +196,7 @@ def _bench_train(arguments: argparse.Namespace, settings: Sequence[str]) -> None
         turns=arguments.turns,
         warm_ups=arguments.warm_ups,
         recompute=arguments.gradient_checkpointing,
-        megatron=_megatron(settings),
+        megatron={flag.removeprefix("--"): literal(given) for flag, given in flags(settings)},
         budget_s=arguments.budget_s,
     )
     train(arguments.json, plan)
@@ -414,21 +415,6 @@ def _setting(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
-
-
-def _megatron(flags: Sequence[str]) -> dict[str, Any]:
-    """The table `[megatron]` that flags of Megatron's stand for: each has one value, or none for true."""
-    table: dict[str, Any] = {}
-    name = ""
-    for text in flags:
-        if text.startswith("--"):
-            name, given, value = text[2:].partition("=")
-            table[name] = _setting(f"{name}={value}")[1] if given else True
-        elif name and table[name] is True:
-            table[name] = _setting(f"{name}={text}")[1]
-        else:
-            raise ValueError(f"unexpected argument {text}; see `miles-spec bench train --help`")
-    return table
 
 
 _Command = Callable[[argparse.Namespace, Sequence[str]], None]

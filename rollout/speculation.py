@@ -32,7 +32,7 @@ _SERVED_STEPS = 48
 _TURNS = 3
 """Times that each batch size is timed."""
 _FADE = 0.5
-"""What an earlier measurement of a step counts beside a new one of the same batch size."""
+"""Weight of a batch size's earlier measurements when a new one comes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -157,7 +157,8 @@ class Mailbox:
         self._over: set[int] = set()
         self._changed = threading.Condition()
         self._closed = False
-        self._listener = socket.create_server((host, 0))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         """Host and port."""
         self._accepting = threading.Thread(target=self._accept, name="mailbox", daemon=True)

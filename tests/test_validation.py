@@ -52,7 +52,7 @@ def test_good_configuration_passes() -> None:
         ({"reward__kind": ""}, 'reward.kind is "": name a reward'),
         (
             {"reward__extract": "(a"},
-            'reward.extract is "(a": it is not a regular expression (missing ), unterminated subpattern at position 0)',
+            'reward.extract is "(a": it is not a regular expression (missing ) at position 2)',
         ),
         ({"reward__extract": "a+"}, r'reward.extract is "a+": put the answer in a group, as in `= (\d+)`'),
         ({"reward__timeout_s": 0.0}, "reward.timeout_s is 0.0: give a number above 0"),

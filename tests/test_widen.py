@@ -11,8 +11,6 @@ from miles_spec.kernels.attention import NAME
 from miles_spec.models import check_supported
 from miles_spec.widen import MULTIPLE, mlp_width, widen, widen_to
 
-CASES = [("llama", 112, None), ("llama", None, 5), *((family, 80, 3) for family in FAMILIES)]
-
 
 def _logits(model: PreTrainedModel) -> torch.Tensor:
     model.set_attn_implementation("eager")
@@ -21,21 +19,20 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
         return model(ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize(("family", "intermediate_size", "layers"), CASES)
-def test_same_function_in_float64(family: str, intermediate_size: int | None, layers: int | None) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_function_in_float64(family: str) -> None:
     model = tiny_model(family, torch.float64)
-    wide = widen(model, intermediate_size=intermediate_size, layers=layers)
+    wide = widen(model, 112)
     assert wide.num_parameters() > model.num_parameters()
     expected, got = _logits(model), _logits(wide)
     assert (got - expected).abs().max() / expected.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize(("family", "intermediate_size", "layers"), CASES)
-def test_it_is_the_model_its_configuration_says(family: str, intermediate_size: int | None, layers: int | None) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_the_model_its_configuration_says(family: str) -> None:
     """A model built from the widened configuration takes the widened weights and computes the same."""
-    wide = widen(tiny_model(family), intermediate_size=intermediate_size, layers=layers)
-    assert wide.config.intermediate_size == (intermediate_size or 48)
-    assert wide.config.num_hidden_layers == len(wide.base_model.layers) == (layers or 2)
+    wide = widen(tiny_model(family), 80)
+    assert wide.config.intermediate_size == 80
     built = AutoModelForCausalLM.from_config(wide.config).eval()
     built.load_state_dict(wide.state_dict(), strict=True)
     torch.testing.assert_close(_logits(built), _logits(wide))
@@ -43,24 +40,22 @@ def test_it_is_the_model_its_configuration_says(family: str, intermediate_size: 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_our_engines_take_it(family: str) -> None:
-    """Layer numbers and the shared configuration are right: `check_supported` counts layers and switches attention."""
-    wide = widen(tiny_model(family), intermediate_size=64, layers=5)
-    assert all(layer.self_attn.layer_idx == i for i, layer in enumerate(wide.base_model.layers))
-    check_supported(wide)
+    """The configuration is shared as before: `check_supported` switches attention."""
+    check_supported(widen(tiny_model(family), 64))
 
 
 def test_the_model_given_stays_as_it_is() -> None:
     model = tiny_model()
     before = {n: p.clone() for n, p in model.state_dict().items()}
-    widen(model, intermediate_size=64, layers=4)
-    assert model.config.intermediate_size == 48 and model.config.num_hidden_layers == 2
+    widen(model, 64)
+    assert model.config.intermediate_size == 48
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
 
 def test_a_widened_model_trains_as_the_small_one() -> None:
     """Added columns get no gradient, so the old ones get what they would have had."""
     small = tiny_model(dtype=torch.float64)
-    wide = widen(small, intermediate_size=1072, layers=None)
+    wide = widen(small, 1072)
     gate = wide.base_model.layers[0].mlp.gate_proj.weight
     assert gate[48:].std().item() == pytest.approx(gate[:48].std().item(), rel=0.05)
     ids = torch.tensor([[1, 5, 60, 17]])
@@ -77,13 +72,13 @@ def test_a_widened_model_trains_as_the_small_one() -> None:
 
 
 def test_the_same_each_time() -> None:
-    one, two = (widen(tiny_model(), intermediate_size=64, layers=3).state_dict() for _ in range(2))
+    one, two = (widen(tiny_model(), 64).state_dict() for _ in range(2))
     assert all(torch.equal(p, two[n]) for n, p in one.items())
 
 
 def test_a_draft_starts_from_an_old_layer() -> None:
     model = tiny_model()
-    wide = widen(model, intermediate_size=64, layers=5)
+    wide = widen(model, 64)
     head = DraftHead.attach(wide, EAGLE, generator=torch.Generator().manual_seed(0))
     assert head.layer.mlp.gate_proj.out_features == 64
     old = model.base_model.layers[-1].self_attn.o_proj.weight
@@ -113,8 +108,7 @@ def test_barely_more_parameters_leave_the_width() -> None:
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda m: widen(m, intermediate_size=32, layers=None), "intermediate_size is 32, but the model has 48"),
-        (lambda m: widen(m, intermediate_size=None, layers=1), "layers is 1, but the model has 2"),
+        (lambda m: widen(m, 32), "intermediate_size is 32, but the model has 48"),
         (lambda m: widen_to(m, 1000.0), "to 1000 parameters: it has [0-9]+ already"),
     ],
 )
@@ -126,4 +120,4 @@ def test_a_model_only_grows(call, match: str) -> None:  # type: ignore[no-untype
 def test_layers_that_are_built_otherwise_are_refused() -> None:
     config = tiny_config("mixtral", num_local_experts=2)
     with pytest.raises(ValueError, match=r"mixtral: a layer has no linear mlp\.gate_proj"):
-        widen(AutoModelForCausalLM.from_config(config), intermediate_size=64, layers=None)
+        widen(AutoModelForCausalLM.from_config(config), 64)

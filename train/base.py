@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from miles_spec.types import LossTerms, PackedBatch, Role
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -30,10 +31,20 @@ def check_state(tensors: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int
 class Trainer(Protocol):
     """Owns the policy, its draft and their optimizers."""
 
-    version: int
-    """Optimizer steps taken on the policy; the version its weights are pushed under."""
-    draft_version: int
-    """Optimizer steps taken on the draft, warm start included."""
+    @property
+    def device(self) -> torch.device:
+        """Of this process's part, and of the micro-batches that it is given."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps taken on the policy; the version its weights are pushed under."""
+        ...
+
+    @property
+    def draft_version(self) -> int:
+        """Optimizer steps taken on the draft, warm start included."""
+        ...
 
     def step(self, batches: Sequence[PackedBatch]) -> LossTerms:
         """One optimizer step of policy and draft over all micro-batches of one minibatch."""

@@ -65,7 +65,7 @@ def policy_loss(
     With `ref_logprobs`, `kl_coef * k3(ref_logprobs - logprobs)` is added (DeepSeekMath, arXiv 2402.03300, equation 4).
 
     The rollout's statistics, too, compare with `old_logprobs` where given, so that they show how far engine and trainer
-    are apart and not what earlier minibatches have learnt.
+    are apart and not what earlier minibatches have learned.
     """
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     ratio = torch.exp(logprobs - old)

@@ -27,7 +27,7 @@ Packed = tuple[bytes, list[Tensor]]
 
 
 def pack(message: Message) -> Packed:
-    """A message for `_send`: its JSON, and the tensors that follow."""
+    """A message as it travels: its JSON, and the tensors that follow."""
     tensors: list[Tensor] = []
     content = {key: _encode(value, tensors) for key, value in message.items()}
     kinds = [[str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type != "cpu"] for t in tensors]

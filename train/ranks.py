@@ -94,7 +94,8 @@ class Ranks:
         if rank:
             port, *key = _broadcast([0] * (1 + _KEY_BYTES))
             return cls(rank, {0: _connect(host, port, bytes(key), rank)}, patience_s)
-        with socket.create_server((host, 0)) as server:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, 0), family=family) as server:
             server.settimeout(JOIN_S)
             key = list(secrets.token_bytes(_KEY_BYTES))
             _broadcast([server.getsockname()[1], *key])
@@ -266,21 +267,6 @@ class Leader:
     def device(self) -> torch.device:
         """Of rank 0."""
         return self._trainer.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of forward passes."""
-        return self._trainer.dtype
-
-    @property
-    def model(self) -> Any:
-        """Rank 0's, as its trainer holds it."""
-        return self._trainer.model
-
-    @property
-    def draft(self) -> Any:
-        """Rank 0's draft and its optimizer; None without a draft."""
-        return self._trainer.draft
 
     def step(self, batches: Sequence[PackedBatch]) -> LossTerms:
         """See `Trainer`."""

@@ -125,10 +125,10 @@ def test_a_loader_that_is_gone_between_two_roles(fake: FakeSGLang, when: str) ->
 
 
 def test_a_push_that_does_not_end_serves_nothing(fake: FakeSGLang, monkeypatch: pytest.MonkeyPatch) -> None:
-    from miles_spec.rollout import sglang
+    from miles_spec.rollout import sglang_weights
 
     server = joined(fake)
-    monkeypatch.setattr(sglang, "FLUSH_S", 0.2)
+    monkeypatch.setattr(sglang_weights, "FLUSH_S", 0.2)
     fake.faults.flush_busy = 1000
     push_both(server, 1)
     with pytest.raises(RunError, match="Pending requests"):
@@ -325,13 +325,13 @@ def test_a_doorbell_that_nobody_hears_is_told_at_once(fake: FakeSGLang, fault: d
 
 
 def test_a_cache_that_cannot_be_flushed_is_an_error(fake: FakeSGLang, monkeypatch: pytest.MonkeyPatch) -> None:
-    from miles_spec.rollout import sglang
+    from miles_spec.rollout import sglang_weights
 
     server = joined(fake)
     fake.faults.flush_busy = 2
     serve(server, 1)
     assert server.versions()["target"] == 1, "it is tried again"
-    monkeypatch.setattr(sglang, "FLUSH_S", 0.2)
+    monkeypatch.setattr(sglang_weights, "FLUSH_S", 0.2)
     fake.faults.flush_busy = 1000
     with pytest.raises(RunError, match="Pending requests"):
         serve(server, 2)

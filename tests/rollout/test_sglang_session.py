@@ -1,4 +1,4 @@
-"""The doorbell: what SGLang is sent. Sessions themselves are tested through their server, in test_sglang.py."""
+"""The doorbell: what SGLang is sent. Sessions themselves are tested through their server, in test_sglang_push.py."""
 
 from __future__ import annotations
 

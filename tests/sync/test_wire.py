@@ -150,6 +150,19 @@ def test_late_doubled_and_finished_ranks_are_refused(mailbox: Mailbox) -> None:
     assert connection.ask({}, 5) == {"ok": True}  # the one that came first is as it was
 
 
+def test_an_address_of_ipv6() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    mailbox = Mailbox("::1")
+    channel, _ = dial(mailbox, session := mailbox.new_session(), 0)
+    (connection,) = mailbox.expect(session, 1, 10)
+    connection.close()
+    channel.close()
+    mailbox.close()
+
+
 def test_a_missing_rank_is_named_and_the_others_are_let_go(mailbox: Mailbox) -> None:
     session = mailbox.new_session()
     channel, _ = dial(mailbox, session, 1)
