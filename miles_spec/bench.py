@@ -18,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from miles_spec import checkpoint
-from miles_spec.assemble import Run, assemble, in_one_process
+from miles_spec.assemble import assemble, in_one_process
 from miles_spec.config import RunConfig
 from miles_spec.draft.modules import DraftHead
 from miles_spec.live import LiveTable
@@ -28,6 +28,7 @@ from miles_spec.rollout.bench import PLAIN, Row, advice, as_json, compare, embed
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.engine import Engine
 from miles_spec.rollout.sglang_args import with_underscores
+from miles_spec.run import Run
 from miles_spec.tracking import write_atomically, write_summary
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import Request

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from miles_spec import rundir
-from miles_spec.assemble import Run, assemble, follow, join
+from miles_spec.assemble import assemble, follow, join
 from miles_spec.config import RunConfig
 from miles_spec.live import LiveTable
 from miles_spec.metrics import host_gib_peak, summary, sync_metrics, training_metrics
+from miles_spec.run import Run
 from miles_spec.sampling import Groups, sample
 from miles_spec.settings import dump
 from miles_spec.sync.session import TargetSyncError

@@ -10,10 +10,10 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from miles_spec.assemble import Run
 from miles_spec.live import LiveTable
 from miles_spec.metrics import rollout_metrics
 from miles_spec.requests import sampling, seed_of
+from miles_spec.run import Run
 from miles_spec.train.advantages import informative
 from miles_spec.types import Completion, Prompt, Request, Sample
 

@@ -12,11 +12,12 @@ import torch
 
 import megatron_cpu
 from conftest import tiny_config, tiny_model
-from miles_spec.assemble import Run, join
+from miles_spec.assemble import join
 from miles_spec.config import DraftConfig, ModelConfig, RunConfig, TrainConfig
 from miles_spec.draft.export import export
 from miles_spec.draft.modules import DraftHead
 from miles_spec.draft.spec import EAGLE3, FAMILIES
+from miles_spec.run import Run
 from miles_spec.train.torch_trainer import TorchTrainer
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from conftest import tiny_tokenizer
 from miles_spec import cli, loop
-from miles_spec.assemble import Run
 from miles_spec.config import RunConfig
 from miles_spec.rollout.sglang import SGLangServer
+from miles_spec.run import Run
 from miles_spec.settings import load
 
 from .conftest import ARGUMENTS, HERE, PYTHON, make_pair
