@@ -10,7 +10,7 @@ import copy
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not in torch's `__all__`
 
-from miles_spec import checkpoint, models, processes
+from miles_spec import checkpoint, models, processes, rundir
 from miles_spec.config import RunConfig
 from miles_spec.data import DataBuffer, PromptSource, make_source
 from miles_spec.draft.export import served_target, served_tensors
@@ -147,13 +147,20 @@ def follow(config: RunConfig, ranks: Ranks) -> None:
     followers.follow(build, ranks)
 
 
-def assemble(config: RunConfig, live: LiveTable, ranks: Ranks | None = None) -> Run:
+def assemble(
+    config: RunConfig,
+    live: LiveTable,
+    ranks: Ranks | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Run:
     """All parts of the run that `config` describes, resumed from its newest checkpoint if there is one.
 
     With `ranks`, of which this is rank 0, all of them train; everything else is in this process.
-    Raises `ValueError` in one sentence for whatever cannot work, the cheap checks first.
+    Raises `ValueError` in one sentence for whatever cannot work, the cheap checks first, and `KeyboardInterrupt` if
+    `interrupted` says so during the draft's warm start, of which nothing is kept.
     """
     out = Path(config.out)
+    rundir.check_out(out)
     torch.manual_seed(config.seed)  # whatever else is random, such as a user's reward; resuming brings its state back
     scorer = Scorer(config.reward)
     live.phase("loading the model")
@@ -172,7 +179,7 @@ def assemble(config: RunConfig, live: LiveTable, ranks: Ranks | None = None) -> 
     check_context(max_context, loaded.model)
     draft = given_draft(config, loaded)
     with ExitStack() as stack:
-        run = _assemble(config, live, ranks, out, loaded, source, scorer, draft, saved, max_context, stack)
+        run = _assemble(config, live, ranks, out, loaded, source, scorer, draft, saved, max_context, stack, interrupted)
         stack.pop_all()
     return run
 
@@ -189,6 +196,7 @@ def _assemble(
     saved: checkpoint.Checkpoint | None,
     max_context: int,
     stack: ExitStack,
+    interrupted: Callable[[], bool],
 ) -> Run:
     """What starts servers and trains; `stack` ends the servers if it does not come to its end."""
     rollout, draft_config = config.rollout, config.draft
@@ -240,6 +248,8 @@ def _assemble(
             if "cotrained" in terms.acceptance:
                 accept_length = terms.acceptance["cotrained"].accept_length
             live.phase("warm start of the draft", len(losses), draft_config.warmup_steps)
+            if interrupted():
+                raise KeyboardInterrupt
         trainer.freeze_draft()
     trainer.trim()
     if config.train.offload:

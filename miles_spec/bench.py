@@ -29,6 +29,7 @@ from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.engine import Engine
 from miles_spec.rollout.sglang_args import with_underscores
 from miles_spec.run import Run
+from miles_spec.settings import changes
 from miles_spec.tracking import write_atomically, write_summary
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import Request
@@ -39,6 +40,10 @@ TURNS = 3
 REQUESTS = 16
 SHARE_OF_MEMORY = 0.3
 """Of what is free, for each of two servers on one GPU."""
+
+TIMED = tuple(f"rollout.{name}" for name in ("verify", "temperature", "top_p", "top_k", "max_new_tokens", "stop"))
+TIMED += ("draft.num_steps", "model.")
+"""Settings that the comparison depends on."""
 
 Modes = Mapping[str, Callable[[], Engine]]
 
@@ -67,6 +72,7 @@ def rollout(
     served = config.rollout.engine == "sglang"
     if config.rollout.urls:
         raise ValueError("bench rollout starts servers of its own, with and without a draft; take rollout.urls out")
+    other = changes(config, out / "config.toml", *TIMED)
     batches = batches or (SERVED_BATCHES if served else BATCHES)
     config = replace(config, draft=replace(config.draft, adaptive=False))  # each size is timed at the full depth
     if served:
@@ -79,6 +85,8 @@ def rollout(
         bar = stack.enter_context(Progress(console=console, transient=True))
         task = bar.add_task("timing rollouts", total=None)
         rows = measure(run, batches, turns, requests, lambda done, total: bar.update(task, completed=done, total=total))
+    if other:
+        console.print(f"Timed with settings that are not the run's: {'; '.join(other)}.", highlight=False)
     console.print(table(rows))
     if not config.draft.max_batch:
         console.print(advice(rows, served=served))

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from miles_spec import checkpoint, models
+from miles_spec import checkpoint, models, rundir
 from miles_spec.assemble import embedded, untrained
 from miles_spec.config import RunConfig
 from miles_spec.draft.export import export
@@ -59,6 +59,7 @@ def train(config: RunConfig, console: Console | None = None) -> Path:
     if not (config.draft.enabled and config.draft.train):
         which = "train" if config.draft.enabled else "enabled"
         raise ValueError(f"draft train trains a draft, and draft.{which} is false")
+    rundir.check_out(out)
     with interruptible() as interrupted, logged(out):
         torch.manual_seed(config.seed)
         saved = _saved(config, out)

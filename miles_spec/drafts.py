@@ -186,6 +186,10 @@ def _of_run(out: Path, model: str) -> tuple[DraftHead, models.Loaded]:
         raise ValueError(f"{out} has no checkpoint to take a draft from")
     chosen = replace(config.model, path=model or config.model.path, device="cpu", dtype="float32")
     loaded = models.load(chosen)
+    trained = {name: t.shape for name, t in saved.tensors.items() if name.startswith("policy.")}
+    own = {f"policy.{name}": t.shape for name, t in models.stored_tensors(loaded.model).items()}
+    if trained and trained != own:
+        raise ValueError(f"the run in {out} trained another model than {chosen.path}: their tensors differ")
     head = given_draft(config, loaded)
     if head is None:
         head = fresh_draft(config, loaded, saved.tensors.get("draft.vocab_ids"))

@@ -24,7 +24,7 @@ from miles_spec.live import LiveTable
 from miles_spec.metrics import host_gib_peak, summary, sync_metrics, training_metrics
 from miles_spec.run import Run
 from miles_spec.sampling import Groups, sample
-from miles_spec.settings import dump
+from miles_spec.settings import changes, dump
 from miles_spec.sync.session import TargetSyncError
 from miles_spec.tracking import Tracker, write_summary
 from miles_spec.train.advantages import advantages
@@ -36,9 +36,10 @@ from miles_spec.types import LossTerms, PackedBatch, Receipt, StepReport
 def train(config: RunConfig) -> Path:
     """Runs `config` to its last step, or on from its newest checkpoint; returns the run's directory.
 
-    Ctrl-C ends the run after the step at hand and saves; a second one ends it at once. A step that fails before it has
-    changed a weight loses nothing: the state after the last whole step is saved, then the error is raised. One that has
-    changed some, with several minibatches or updates of the draft, leaves the last checkpoint (`checkpoint.every`).
+    Ctrl-C or SIGTERM ends the run after the step at hand and saves; a second one ends it at once. A step that fails
+    before it has changed a weight loses nothing: the state after the last whole step is saved, then the error is
+    raised. One that has changed some, with several minibatches or updates of the draft, leaves the last checkpoint
+    (`checkpoint.every`).
 
     In a run of several processes this is what rank 0 does. The others follow it until it ends.
     """
@@ -50,14 +51,15 @@ def train(config: RunConfig) -> Path:
         if ranks is not None:
             stack.callback(ranks.end)
         stack.enter_context(logged(Path(config.out)))
-        run = assemble(config, live, ranks)
+        run = assemble(config, live, ranks, interrupted)
         stack.callback(run.stop)
         begun, step, cursor = time.perf_counter() - run.time_s, run.step, run.source.state()
         saved, saving_s = step, 0.0
         budget = TokenBudget(config.train, run.halved_budget)
         stepping, whole = False, (run.trainer.version, run.trainer.draft_version)
         if run.step and step < config.steps:
-            live.say(f"Going on from step {step} in {run.out}.")
+            now = f", with {'; '.join(other)}" if (other := changes(config, run.out / "config.toml")) else ""
+            live.say(f"Going on from step {step} in {run.out}{now}.")
         with Tracker(run.out, config.tracking, dump(config), run.step) as tracker:
             if step < config.steps:
                 _forget_results(run.out)
@@ -238,20 +240,23 @@ def logged(out: Path) -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a request to stop, which the yielded function tells; the second is as always."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop, which the yielded function tells; the second is as
+    always."""
     asked = False
 
     def ask(signum: int, frame: object) -> None:
         nonlocal asked
         asked = True
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     try:
-        before = signal.signal(signal.SIGINT, ask)
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread, which alone gets signals
         yield lambda: False
         return
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

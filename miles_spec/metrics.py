@@ -58,7 +58,10 @@ def rollout_metrics(
     }
     if cost is None:
         return metrics
-    plain_s = times.prefill_s + sum(cost.decode_seconds(lengths, rows) for lengths in calls)
+    # where nothing was drafted it was measured, too
+    plain_s = wall_s
+    if counts.verify_steps:
+        plain_s = times.prefill_s + sum(cost.decode_seconds(lengths, rows) for lengths in calls)
     return metrics | {
         "tokens_per_s_plain": generated / plain_s,
         "net_speedup": plain_s / wall_s,

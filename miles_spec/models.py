@@ -70,6 +70,9 @@ def load(config: ModelConfig) -> Loaded:
         except Exception as e:  # of every kind: safetensors and tokenizers raise their own
             why = (str(e) or type(e).__name__).splitlines()[0]
             raise ValueError(f"cannot load the model in {folder}: {why}") from e
+    # of a folder without one transformers makes an empty one
+    if not any((folder / name).exists() for name in tokenizer.vocab_files_names.values()):
+        raise ValueError(f"{folder} has no tokenizer ({' or '.join(tokenizer.vocab_files_names.values())})")
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{folder} lacks {len(missing)} tensors of a {kind} model, {missing[0]!r} the first")
     model = model.to(device).eval()

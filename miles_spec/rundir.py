@@ -19,6 +19,12 @@ SAMPLE_KEYS = {"step", "prompt_id", "prompt", "response", "reward", "finish", "p
 BENCH_KEYS = {"mode", "batch", "tokens_per_s", "accept_length", "speedup"}
 
 
+def check_out(out: Path) -> None:
+    """Raises `ValueError` for a folder of something else than a run."""
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} holds a model or a draft (config.json); choose another `out`")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """A run directory's content."""

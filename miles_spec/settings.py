@@ -15,13 +15,14 @@ import inspect
 import json
 import sys
 import tomllib
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from miles_spec.config import FleetConfig, RunConfig
+from miles_spec.config import FleetConfig, RunConfig, values
 from miles_spec.validation import validate
 
 _SGLANG_PREFIX = "--sglang-"
@@ -61,6 +62,20 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 
 # Run files
+
+
+def changes(config: RunConfig, path: Path, *sections: str) -> list[str]:
+    """What `config` has other than the run file `path`, in `sections` or in all, as sentences put it; nothing where
+    there is no such file, or it is of another version. `out` and `steps` are left out."""
+    try:
+        before = dict(values(_from_table(_read(path), str(path))))
+    except ValueError:
+        return []
+    return [
+        f"{name} = {_toml(value)} (was {_toml(before[name])})"
+        for name, value in values(config)
+        if value != before[name] and name not in ("out", "steps") and (not sections or name.startswith(sections))
+    ]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -296,7 +311,9 @@ def _sglang_names() -> dict[str, str]:
 
 def _megatron_names() -> dict[str, str]:
     """The fields of Megatron's configuration classes."""
-    classes = [getattr(importlib.import_module(module), name) for module, name in _MEGATRON_ARGUMENTS]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it can do without
+        classes = [getattr(importlib.import_module(module), name) for module, name in _MEGATRON_ARGUMENTS]
     return {f.name: f.name for cls in classes for f in fields(cls)}
 
 

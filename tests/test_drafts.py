@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import tiny_config, tiny_tokenizer
+from conftest import tiny_config, tiny_model, tiny_tokenizer
 from miles_spec import checkpoint, models
 from miles_spec.config import DataConfig, DraftConfig, ModelConfig, RunConfig
 from miles_spec.draft.load import inspect, load
@@ -219,6 +219,15 @@ def test_export_of_a_run(run: Path, model: str, tmp_path: Path) -> None:
     assert not load(tmp_path / "draft", loaded.model).fresh
     export(run, tmp_path / "served")
     assert weights(tmp_path / "served")["fc.weight"].dtype == torch.bfloat16  # the model's
+
+
+def test_export_of_a_run_of_another_model(run: Path, tmp_path: Path) -> None:
+    other = tiny_model("qwen3", layers=4)
+    other.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"trained another model than .*other: their tensors differ"):
+        export(run, tmp_path / "draft", model=str(tmp_path / "other"))
+    assert not (tmp_path / "draft").exists()
 
 
 def test_export_of_a_run_that_has_none(run: Path, model: str, tmp_path: Path) -> None:

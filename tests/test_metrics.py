@@ -65,6 +65,12 @@ def test_rollout_is_pooled() -> None:
     assert got["net_speedup_error"] == 0.05
 
 
+def test_a_rollout_in_which_nothing_was_drafted_is_as_fast_as_without_a_draft() -> None:
+    """Whatever the cost model says."""
+    got = rollout_metrics([sampled(30, 1.0, 0, ()), sampled(5, 0.0, 0, ())], TIMES, 2.0, [[30, 5]], COST, 2)
+    assert got["net_speedup"] == 1 and got["tokens_per_s_plain"] == got["tokens_per_s"]
+
+
 def test_rollout_without_a_draft_claims_nothing_of_speculation() -> None:
     full = rollout_metrics(SAMPLES, TIMES, 2.0, [[30, 5]], COST, 2)
     bare = rollout_metrics(SAMPLES, TIMES, 2.0, [[30, 5]], None, 2, drafting=False)

@@ -64,6 +64,13 @@ def test_families_are_supported_and_draftable(kind: str) -> None:
     assert trunk(model) is model.model
 
 
+def test_a_folder_without_a_tokenizer_is_refused(folder: Path, family: str) -> None:
+    for path in (*folder.glob("token*"), *folder.glob("special*"), *folder.glob("vocab*")):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer|cannot load the model"):
+        load(ModelConfig(path=str(folder), device="cpu"))
+
+
 @pytest.mark.parametrize("widen", [0, 50_000])
 def test_the_configuration_is_known_before_the_weights(folder: Path, family: str, widen: int) -> None:
     config = ModelConfig(path=str(folder), dtype="float32", device="cpu", widen=widen)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miles_spec.config import DataConfig, DraftConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
-from miles_spec.settings import _our_flags, dump, load, nearest
+from miles_spec.settings import _our_flags, changes, dump, load, nearest
 
 BASE = '[model]\npath = "model"\n[data]\nsource = "tasks.jsonl"\n'
 GOOD = RunConfig(model=ModelConfig(path="model"), data=DataConfig(source="tasks.jsonl"))
@@ -274,6 +274,16 @@ def test_sglang_flags(run_file: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "cuda_graph_bs": [1, 2, 4],
     }
     assert capsys.readouterr().err == 'note: rollout.engine is "embedded", so [sglang] has no effect\n'
+
+
+def test_changes(run_file: Path, tmp_path: Path) -> None:
+    run_file.write_text(dump(GOOD))
+    now = replace(GOOD, steps=77, train=replace(GOOD.train, lr=0.5), rollout=replace(GOOD.rollout, stop=("x",)))
+    assert changes(GOOD, run_file) == []
+    lr, stop = f"train.lr = 0.5 (was {GOOD.train.lr})", 'rollout.stop = ["x"] (was [])'
+    assert changes(now, run_file) == [stop, lr]
+    assert changes(now, run_file, "train.", "rollout.top") == [lr]
+    assert changes(now, tmp_path / "none.toml") == []
 
 
 def test_settings_of_servers_without_servers_are_noted(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

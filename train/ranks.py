@@ -75,8 +75,8 @@ class Ranks:
         are started later must not take it for theirs.
 
         Makes the default process group (gloo for tensors on the CPU, NCCL for those on GPUs), and takes the GPU of this
-        rank unless `device` is "cpu". A follower ignores Ctrl-C from now on. Raises `ValueError` on all ranks of a host
-        with too few GPUs.
+        rank unless `device` is "cpu". A follower ignores Ctrl-C and SIGTERM from now on. Raises `ValueError` on all
+        ranks of a host with too few GPUs.
         """
         rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         host = os.environ["MASTER_ADDR"]
@@ -87,7 +87,8 @@ class Ranks:
                 raise ValueError(f"{local} ranks on one host need a GPU each, and it has {gpus}; start fewer")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if rank:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         for name in [n for n in os.environ if n in _TORCHRUN or n.startswith(_TORCHRUN_PREFIXES)]:
             del os.environ[name]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 from miles_spec.plugins import check_signature, load
 from miles_spec.rewards.base import OvertimeError, RewardError, as_reward, within
 from miles_spec.types import Prompt
+
+log = logging.getLogger(__name__)
 
 Call = tuple[str, Mapping[str, Any]]
 """For whom, as error sentences put it, and the keyword arguments."""
@@ -128,6 +131,7 @@ class UserReward:
         return RewardError(f"{self._who} took more than reward.timeout_s = {self._timeout_s:g} on prompt {prompt}")
 
     def _raised(self, prompt: str, error: BaseException) -> RewardError:
+        log.info("%s raised on prompt %s", self._who, prompt, exc_info=error)  # where, for `run.log`
         raised = RewardError(f"{self._who} raised {type(error).__name__}: {error} on prompt {prompt}")
         raised.__cause__ = error
         return raised

@@ -105,18 +105,20 @@ def test_the_policy_does_not_depend_on_the_draft(
     assert policy and [n for n in policy if not torch.equal(expected[n], got[n])] == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_the_step_and_saves(
     configure: Configure,
     finished: RunConfig,
     rewards: ModuleType,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
 ) -> None:
-    rewards.fault = lambda call: signal.raise_signal(signal.SIGINT) if call == 20 else None
+    rewards.fault = lambda call: signal.raise_signal(number) if call == 20 else None
     config = configure(tmp_path)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     train(config)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert steps(tmp_path) == [2] and [row["step"] for row in lines(tmp_path)] == [1, 2]
     assert rundir.read(tmp_path).notes == ("This run ended after step 2 of 4.",)
     assert f"Interrupted; step 2 is saved in {tmp_path}, and the same command goes on." in capsys.readouterr().out
@@ -125,6 +127,32 @@ def test_ctrl_c_ends_the_step_and_saves(
     train(config)
     assert f"Nothing to do: {tmp_path} is at step 4; with more `steps` it goes on." in capsys.readouterr().out
     assert_same_run(tmp_path, Path(finished.out))
+
+
+def test_ctrl_c_during_the_warm_start(
+    run_file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, taken = TorchTrainer._draft_step, 0
+
+    def step(self: TorchTrainer, *arguments: Any, **options: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(TorchTrainer, "_draft_step", step)
+    assert cli.main(["train", run_file(draft__warmup_steps=50)]) == 130
+    assert taken == 3 and capsys.readouterr().err == "miles-spec: interrupted\n"
+    assert steps(tmp_path / "out") == []
+
+
+def test_what_a_resumed_run_changes_is_said(
+    configure: Configure, rewards: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(configure(tmp_path, steps=1))
+    train(configure(tmp_path, steps=2, train__lr=0.25))
+    assert f"Going on from step 1 in {tmp_path}, with train.lr = 0.25 (was " in capsys.readouterr().out
 
 
 def test_ctrl_c_before_the_first_step(configure: Configure, rewards: ModuleType, tmp_path: Path) -> None:
