@@ -89,6 +89,9 @@ def _cards(run: Run) -> str:
         gain = "" if math.isnan(frozen) else f", {cotrained / frozen:.2f}&times;"
         values = f"{_coloured('cotrained', cotrained)} vs {_coloured('frozen', frozen)}"
         cards.append(_card("Accept length", values, f"co-trained vs frozen draft{gain}"))
+    if not math.isnan(after := get("accept_length_after")):  # of `draft train`
+        values = f"{_figure(get('accept_length_before'))} → {_figure(after)}"
+        cards.append(_card("Accept length", values, "before and after training, on held-out responses"))
     speed, plain = get("tokens_per_s_speculative"), get("tokens_per_s_plain")
     if not math.isnan(speed):
         values, what = _coloured("cotrained", speed), "with speculation"

@@ -92,7 +92,8 @@ def read(run_dir: Path) -> Run:
             f"This run has no summary.json: it is still going, or it was interrupted after step {max(steps)}. "
             "The figures at the top are those of its first and last recorded step."
         )
-    elif isinstance(planned, int) and max(steps) < planned:
+    elif "accept_length_after" not in summary and isinstance(planned, int) and max(steps) < planned:
+        # of `draft train`, whose summary has that, the setting is not the steps
         notes.append(f"This run ended after step {max(steps)} of {planned}.")
     if torn or samples_torn:
         notes.append("The last line of a file was cut off in the middle of a write, and is left out.")

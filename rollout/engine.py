@@ -139,3 +139,15 @@ class Engine(Protocol):
     def wake(self) -> None:
         """Takes its memory again, after `release`; its weights must be pushed before it generates."""
         ...
+
+
+def check_room(request: Request, max_context: int) -> None:
+    """Raises `ValueError` for a request that can never run: one without a prompt, or longer than the context."""
+    prompt, asked = len(request.tokens), request.sampling.max_new_tokens
+    if not prompt:
+        raise ValueError(f"request {request.id!r} has an empty prompt")
+    if prompt + asked > max_context:
+        raise ValueError(
+            f"request {request.id!r} has {prompt} prompt tokens and asks for {asked} more, but the context holds "
+            f"{max_context}; shorten the prompt, lower rollout.max_new_tokens or raise rollout.max_context"
+        )

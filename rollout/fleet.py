@@ -19,6 +19,7 @@ import aiohttp
 
 from miles_spec.rollout.call import Call, Counts
 from miles_spec.rollout.dispatch import Seat, Server
+from miles_spec.rollout.engine import check_room
 from miles_spec.rollout.health import Health
 from miles_spec.types import Completion, EngineTimes, Request, Role, RunError
 
@@ -233,14 +234,7 @@ class Fleet:
 
     def _check(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            if not request.tokens:
-                raise ValueError(f"request {request.id!r} has an empty prompt")
-            if len(request.tokens) + request.sampling.max_new_tokens > self.max_context:
-                raise ValueError(
-                    f"request {request.id!r} has {len(request.tokens)} prompt tokens and asks for "
-                    f"{request.sampling.max_new_tokens} more, but the context holds {self.max_context}; shorten the "
-                    "prompt, lower rollout.max_new_tokens or raise rollout.max_context"
-                )
+            check_room(request, self.max_context)
             for seat in self._seats.values():
                 seat.server.check(request)
         if len({request.id for request in requests}) < len(requests):

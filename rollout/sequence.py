@@ -11,7 +11,7 @@ from typing import Any
 from miles_spec.types import Completion, Finish, Request, Role, SpecCounts, VersionSpan
 
 
-class Sequence:
+class Running:
     """The host's side of a running request."""
 
     def __init__(self, request: Request, index: int, eos_ids: frozenset[int], tokenizer: Any) -> None:

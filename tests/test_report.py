@@ -193,6 +193,16 @@ def test_a_run_that_ended_early_says_so(tmp_path: Path) -> None:
     assert "This run ended after step 1 of 5." in text_of(write(tmp_path).read_text(encoding="utf-8"))
 
 
+def test_a_draft_that_was_trained_alone(tmp_path: Path) -> None:
+    """Its run file may ask for more steps of training than its data gave."""
+    summary = {"steps": 3, "accept_length_before": 1.25, "accept_length_after": 1.75}
+    (folder := run_dir(tmp_path, [{"step": 3, "draft_loss": 2.0}], summary)).joinpath("config.toml").write_text(
+        "steps = 100\n"
+    )
+    text = text_of(write(folder).read_text(encoding="utf-8"))
+    assert "1.25 → 1.75" in text and "held-out" in text and "ended after" not in text
+
+
 def test_a_failed_receipt_stands_out(tmp_path: Path) -> None:
     page = write(run_dir(tmp_path, [step_line(1)], {**SUMMARY, "receipts_failed": 1})).read_text(encoding="utf-8")
     assert '<strong class="bad">1 failed</strong>' in page

@@ -23,6 +23,7 @@ from miles_spec.kernels.logprob import logprob
 from miles_spec.rollout import embedded
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.engine import Engine
+from miles_spec.rollout.rows import Rows
 from miles_spec.rollout.verify import reject
 from miles_spec.sync.digest import digest
 from miles_spec.types import Completion, Request, Sampling, SpecCounts
@@ -313,14 +314,15 @@ def test_every_drafted_token_is_that_of_the_papers_equations(layers: int) -> Non
         model, draft, dtype=torch.float64, depth=4, max_running=3, max_context=64, prefill_chunk_tokens=8
     )
     seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-    propose = engine._propose
+    drafter: Any = engine._drafter
+    propose = drafter.propose
 
-    def watched(rows: slice, lengths: list[int], depth: int) -> Any:
-        drafted, proposal = propose(rows, lengths, depth)
-        seen.update((tuple(s.tokens), tuple(d)) for s, d in zip(engine._running, drafted.tolist(), strict=True))
+    def watched(rows: Rows, *rest: Any, **how: Any) -> Any:
+        drafted, proposal = propose(rows, *rest, **how)
+        seen.update((tuple(s.tokens), tuple(d)) for s, d in zip(rows.running, drafted.tolist(), strict=True))
         return drafted, proposal
 
-    engine._propose = watched  # type: ignore[method-assign]
+    drafter.propose = watched
     asked = requests(5, max_new_tokens=7, ignore_eos=True)
     engine.generate([*asked, replace(asked[2], id="same"), replace(asked[3], id="too", seed=9)])
     assert len(seen) > 20
@@ -469,7 +471,7 @@ def test_fewer_may_run_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -
     subject.max_running = 2
     together: list[int] = []
     step = subject._step
-    monkeypatch.setattr(subject, "_step", lambda: (together.append(len(subject._running)), step()))
+    monkeypatch.setattr(subject, "_step", lambda: (together.append(len(subject._rows.running)), step()))
     assert [c.tokens for c in subject.generate(requests())] == [c.tokens for c in expected]
     assert max(together) == 2
 

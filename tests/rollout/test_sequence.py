@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 
 from conftest import tiny_tokenizer
-from miles_spec.rollout.sequence import Sequence
+from miles_spec.rollout.sequence import Running
 from miles_spec.types import Request, Sampling, VersionSpan
 
 EOS = 2
 
 
-def make(tokenizer: object = None, **sampling: object) -> Sequence:
+def make(tokenizer: object = None, **sampling: object) -> Running:
     settings = {"max_new_tokens": 8, **sampling}
     request = Request(id="r", tokens=(10, 11), sampling=Sampling(**settings))  # type: ignore[arg-type]
-    return Sequence(request, 0, frozenset({EOS}), tokenizer)
+    return Running(request, 0, frozenset({EOS}), tokenizer)
 
 
-def commit(sequence: Sequence, new: list[int], depth: int) -> None:
+def commit(sequence: Running, new: list[int], depth: int) -> None:
     sequence.commit(new, [-0.5 - token for token in range(depth + 1)], depth)
 
 
@@ -94,7 +94,7 @@ def test_stop_strings_across_blocks(split: list[int]) -> None:
 def test_a_stop_string_of_many_bytes_and_one_in_the_prompt() -> None:
     tokenizer = tiny_tokenizer()
     request = Request(id="r", tokens=tuple(tokenizer.encode("🙂")), sampling=Sampling(max_new_tokens=20, stop=("🙂",)))
-    sequence = Sequence(request, 0, frozenset(), tokenizer)
+    sequence = Running(request, 0, frozenset(), tokenizer)
     for token in tokenizer.encode("a🙂b"):
         if sequence.finish is None:
             commit(sequence, [token], 0)
