@@ -60,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         out = folder / "run"
-        own = ["--steps", str(options.steps), "--out", str(out)]
+        own = ["--steps", str(options.steps), "--out", str(out), "--checkpoint.every", "0"]
         begins: float | None = None
         if options.general:
             draft, begins = general(load(options.run_file, settings), folder, options.general)
