@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_order(texts: Sequence[str], run: Path | None, settings: Sequence[str]) -> None:
     """Raises `ValueError` for settings without a run file, and for one before it whose value would be taken for it."""
     before = settings if run is None else texts[: [Path(text) for text in texts].index(run)]
-    if wrong := next((text for text in before if text in settings and (run is None or "=" not in text)), None):
+    flags = [text for text in before if text in settings and text.startswith("--")]
+    if wrong := next((flag for flag in flags if run is None or "=" not in flag), None):
         raise ValueError(f"{wrong} is a setting of a run file; name the run file before it")
 
 

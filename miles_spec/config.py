@@ -284,8 +284,9 @@ class TrainConfig:
 class CheckpointConfig:
     """`[checkpoint]`: what is kept on disk."""
 
-    every: int = 20
-    """Steps between checkpoints; 0 only saves at the end, on Ctrl-C, and after most errors."""
+    every: int = -1
+    """Steps between checkpoints; -1 is 20, and 500 of `draft train`, whose steps are short; 0 only saves at the end, on
+    Ctrl-C, and after most errors."""
     keep: int = 2
     """Newest checkpoints that are kept."""
     resume: bool = True

@@ -43,6 +43,8 @@ from miles_spec.train.packing import pack
 from miles_spec.train.torch_trainer import TorchTrainer
 from miles_spec.types import LossTerms, PackedBatch, Sample, SpecEstimate, StepReport
 
+EVERY = 500
+"""Steps between checkpoints, unless `checkpoint.every` says otherwise."""
 FIT_TOKENS = 32
 """Of responses with their prompts, that the closed form of a fresh draft is of, for each number in a state it reads."""
 
@@ -152,7 +154,7 @@ class Training:
                     report = StepReport(step=self.step, metrics=_metrics(terms, ended - begun, ended - started))
                     tracker.write(report)
                     live.update(report)
-                    if due(config, self.step):
+                    if due(config, self.step, EVERY):
                         saved = self.step
                         self.save()
             finally:

@@ -32,6 +32,9 @@ from miles_spec.train.memory import TokenBudget
 from miles_spec.train.packing import pack
 from miles_spec.types import LossTerms, PackedBatch, Receipt, StepReport
 
+EVERY = 20
+"""Steps between checkpoints, unless `checkpoint.every` says otherwise."""
+
 
 def train(config: RunConfig) -> Path:
     """Runs `config` to its last step, or on from its newest checkpoint; returns the run's directory.
@@ -110,7 +113,7 @@ def train(config: RunConfig) -> Path:
                     if refused is not None:
                         raise refused
                     saving_s = 0.0
-                    if due(config, step):
+                    if due(config, step, EVERY):
                         live.phase("saving")
                         saved = step
                         moved = run.trainer.asleep
@@ -134,7 +137,7 @@ def train(config: RunConfig) -> Path:
                     run.save(step, cursor, time.perf_counter() - begun, budget.halved)
                 elif step > saved:
                     kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was written before"
-                    live.say(f"The step that was cut off had changed weights; {kept}.")
+                    live.say(f"The step that was cut off may have changed weights; {kept}.")
     if step:
         written = rundir.read(run.out)
         write_summary(run.out, summary(written.steps, written.bench))
@@ -200,9 +203,10 @@ def _forget_results(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def due(config: RunConfig, step: int) -> bool:
-    """Whether `step` ends with a checkpoint."""
-    return bool(config.checkpoint.every) and step % config.checkpoint.every == 0
+def due(config: RunConfig, step: int, default: int) -> bool:
+    """Whether `step` ends with a checkpoint, one of every `default` if `checkpoint.every` does not say otherwise."""
+    every = default if config.checkpoint.every < 0 else config.checkpoint.every
+    return bool(every) and step % every == 0
 
 
 class _LogFile(logging.FileHandler):

@@ -134,6 +134,9 @@ def train(result: Path | None = None, plan: Plan | None = None) -> list[Row]:
     others cannot go on then; alone, a process notes it in the row and goes on.
     """
     plan = plan or Plan()
+    if "megatron" in plan.backends:
+        given = int(os.environ.get("WORLD_SIZE", "1"))
+        MegatronArguments.make(plan.megatron, dist.get_world_size() if dist.is_initialized() else given)
     with _ranks("megatron" in plan.backends) as device:
         bench = Bench(result, plan, device)
         for case in bench.cases():

@@ -58,7 +58,7 @@ _AT_LEAST = {
     "train.minibatches": 1,
     "train.token_budget": 1,
     "train.dynamic_rounds": 1,
-    "checkpoint.every": 0,
+    "checkpoint.every": -1,
     "checkpoint.keep": 1,
     "tracking.samples": 0,
 }

@@ -158,7 +158,10 @@ class Queue:
         return index in self._waiting
 
     def take(self, ready: Sequence[str]) -> tuple[int, str] | None:
-        """The next request and the server, one of `ready`, it now runs on; None if nothing waits or nobody has room."""
+        """The next request and the server, one of `ready`, it now runs on; None if nothing waits or nobody has room.
+
+        A request that was late at a server waits for the others, as long as one of them is ready.
+        """
 
         def load(name: str) -> int:
             return len(self._running[name])
@@ -167,8 +170,16 @@ class Queue:
         if not self._waiting or not room:
             return None
         share = -(-(len(self._waiting) + sum(map(load, ready))) // len(ready))
-        index = self._waiting.popleft()
-        room = [n for n in room if n not in self._late.get(index, ())] or room
+
+        def fit(index: int) -> list[str]:
+            late = self._late.get(index, set())
+            return room if late.issuperset(ready) else [name for name in room if name not in late]
+
+        index = next(filter(fit, self._waiting), None)
+        if index is None:
+            return None
+        self._waiting.remove(index)
+        room = fit(index)
         seen = self._seen.setdefault(self._prompts[index], set())
         name = min([n for n in room if n in seen and load(n) < share] or room, key=load)
         seen.add(name)

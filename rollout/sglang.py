@@ -273,9 +273,10 @@ class SGLangServer(SGLangMember):
             target, draft, depth = self._versions["target"], self._versions.get("draft", -1), features.depth
         try:
             text = await post(http, self.url + "/generate", body, self._keys.header())
-        except CUT:
-            with self._lock:
-                self._cut[rid] = request.id
+        except CUT as error:
+            if not isinstance(error, aiohttp.ClientConnectorError):  # which never reached it
+                with self._lock:
+                    self._cut[rid] = request.id
             raise
         finally:
             with self._lock:

@@ -153,8 +153,8 @@ class SGLangMember:
         Within a push that goes well, the loaders go on waiting for the next role.
 
         A tensor on which the ranks do not agree gets a text that no digest equals. Raises `RunError`, `ConnectionError`
-        or `TimeoutError` if they cannot be read, the role then serves nothing, or if the server did not end the
-        session; then no role does.
+        or `TimeoutError` if they cannot be read (the role then serves nothing), or the server did not end the session
+        (then no role does).
         """
         session, opened = self._session, self._opened
         if session is None or opened is None:

@@ -260,6 +260,8 @@ def test_settings_stand_behind_the_run_file(
         assert main([*command, *setting, str(run_file), *behind]) == 2
         message = f"{setting[0]} is a setting of a run file; name the run file before it"
         assert capsys.readouterr().err == f"miles-spec: error: {message}\n"
+    main(["bench", "rollout", "--turns", "3", str(run_file), "--steps", "3"])  # a word that stands for two
+    assert "is a setting of" not in capsys.readouterr().err
     if len(setting) == 2:  # with its value it may stand anywhere
         assert main(["config", "=".join(setting), str(run_file)]) == 0
 

@@ -67,7 +67,9 @@ def test_families_are_supported_and_draftable(kind: str) -> None:
 def test_a_folder_without_a_tokenizer_is_refused(folder: Path, family: str) -> None:
     for path in (*folder.glob("token*"), *folder.glob("special*"), *folder.glob("vocab*")):
         path.unlink()
-    with pytest.raises(ValueError, match=r"has no tokenizer|cannot load the model"):
+    # of a Llama transformers makes no empty one
+    said = "Couldn't instantiate the backend tokenizer" if family == "llama" else "has no tokenizer"
+    with pytest.raises(ValueError, match=said):
         load(ModelConfig(path=str(folder), device="cpu"))
 
 

@@ -177,7 +177,7 @@ def test_good_configuration_passes() -> None:
             )
             for advantage in ("grpo", "rloo", "dr_grpo")
         ),
-        ({"checkpoint__every": -1}, "checkpoint.every is -1: give 0 or more"),
+        ({"checkpoint__every": -2}, "checkpoint.every is -2: give -1 or more"),
         ({"checkpoint__keep": 0}, "checkpoint.keep is 0: give 1 or more"),
         ({"tracking__samples": -1}, "tracking.samples is -1: give 0 or more"),
     ],

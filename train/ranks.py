@@ -87,12 +87,12 @@ class Ranks:
                 raise ValueError(f"{local} ranks on one host need a GPU each, and it has {gpus}; start fewer")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if rank:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         for name in [n for n in os.environ if n in _TORCHRUN or n.startswith(_TORCHRUN_PREFIXES)]:
             del os.environ[name]
         if rank:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # not before all have met: torchrun ends with it who waits
             port, *key = _broadcast([0] * (1 + _KEY_BYTES))
             return cls(rank, {0: _connect(host, port, bytes(key), rank)}, patience_s)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -265,7 +265,7 @@ def test_a_step_that_fails_halfway_leaves_the_last_checkpoint(
     with pytest.raises(RunError, match="a rank is gone"):
         cli.main(["train", run_file(train__minibatches=2, checkpoint__every=every, steps=4)])
     assert steps(tmp_path / "out") == left
-    assert f"The step that was cut off had changed weights; {said}." in capsys.readouterr().out
+    assert f"The step that was cut off may have changed weights; {said}." in capsys.readouterr().out
 
 
 def test_a_full_disk_at_save_time(

@@ -345,7 +345,7 @@ def look_until(fleet: Any, holds: Any, most_s: float = 10.0) -> None:
 
 def test_a_server_that_hangs_between_calls_is_noticed_by_looking(caplog: pytest.LogCaptureFixture) -> None:
     hung, other = FakeServer("a"), FakeServer("b")
-    fleet = fleet_of([hung, other], dead_after_s=0.4)
+    fleet = fleet_of([hung, other], dead_after_s=1.6)
     fleet.look()
     assert fleet.members() == [hung, other]
     hung.hung = True
@@ -353,10 +353,10 @@ def test_a_server_that_hangs_between_calls_is_noticed_by_looking(caplog: pytest.
     fleet.look()
     assert fleet.members() == [other] and hung.explained == 0, "in doubt"
     look_until(fleet, lambda: hung.starts)
-    assert time.monotonic() - began >= 0.4 and hung.explained == 1 and not other.starts
-    wait_until(lambda: len(fleet.members()) == 2)
+    assert time.monotonic() - began >= 1.6 and hung.explained == 1 and not other.starts
+    look_until(fleet, lambda: len(fleet.members()) == 2)
     assert hung.version == -1 and fleet.restarts == 1
-    assert "it has not answered for 0." in caplog.text
+    assert "it has not answered for " in caplog.text
 
 
 def test_a_suspect_that_answers_the_next_look_is_a_member_again() -> None:
@@ -372,9 +372,9 @@ def test_a_suspect_that_answers_the_next_look_is_a_member_again() -> None:
 
 def test_time_without_a_look_is_not_held_against_a_server() -> None:
     slow = FakeServer("a")
-    fleet = fleet_of([slow], dead_after_s=0.4)
+    fleet = fleet_of([slow], dead_after_s=2.0)
     fleet.look()
-    time.sleep(0.5)
+    time.sleep(2.2)
     slow.hung = True
     fleet.look()
     assert fleet.members() == [] and slow.starts == 0, "one look that was not answered"
