@@ -325,9 +325,8 @@ def test_nobody_is_pushed_to_between_calls() -> None:
     server.start_s = 0.2
     server.die()
     assert fleet.members() == []  # noticed here
-    wait_until(lambda: server.up)
-    assert fleet.versions() == {"target": -1, "draft": -1} and not pushed
     wait_until(lambda: fleet.members() == [server])  # a push of the loop's reaches it as any other
+    assert fleet.versions() == {"target": -1, "draft": -1} and not pushed
     push(server)
     complete(fleet, requests(3))
     assert not pushed and fleet.restarts == 1
