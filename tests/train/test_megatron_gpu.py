@@ -22,6 +22,7 @@ from miles_spec.types import PackedBatch
 from sharded import over_nccl
 
 from .test_megatron import CP, PP, TP, Outcome, _draft, _model, _outcome, _packs, _run
+from .test_torch_trainer import assert_same
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,6 +53,13 @@ def _update(outcome: Outcome, start: dict[str, Tensor], part: int, prefix: str) 
     return torch.cat([(now[name].cpu() - start[name].cpu()).double().flatten() for name in sorted(now)])
 
 
+def _cases(size: int, family: str) -> list[dict[str, Any]]:
+    if family == "llama":
+        return LAYOUTS[size]
+    # experts ask for sequence parallelism where there is tensor parallelism
+    return [table for table in LAYOUTS[size] if TP not in table or "sequence_parallel" in table]
+
+
 def _compare(group: dist.ProcessGroup, family: str) -> None:
     from megatron.core import parallel_state
 
@@ -68,10 +76,7 @@ def _compare(group: dist.ProcessGroup, family: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = _model(family)
         expected, start = outcome(TorchTrainer(model, _draft(model), _run(), device, dtype))
-        cases: list[dict[str, Any] | None] = [*LAYOUTS[group.size()], *([None] if group.size() > 1 else [])]
-        if family != "llama":  # experts ask for sequence parallelism where there is tensor parallelism
-            cases = [table for table in cases if not table or TP not in table or "sequence_parallel" in table]
-        for table in cases:
+        for table in [*_cases(group.size(), family), *([None] if group.size() > 1 else [])]:
             model = _model(family)
             if table is None:
                 found, _ = outcome(TorchTrainer(model, _draft(model), _run(), device, dtype, group=group))
@@ -97,3 +102,47 @@ def test_layouts_over_nccl_are_the_torch_trainer_but_for_rounding(size: int, fam
     if torch.cuda.device_count() < size:
         pytest.skip(f"needs {size} GPUs")
     over_nccl(_compare, size, tmp_path / "store", family)
+
+
+def _keep(group: dist.ProcessGroup, family: str) -> None:
+    from megatron.core import parallel_state
+
+    from miles_spec.train.megatron import MegatronTrainer
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    packs = [_moved(pack, device) for pack in _packs()]
+    for table in _cases(group.size(), family):
+        run = replace(_run(), megatron=dict(table))
+        saved: list[Any] = [None]
+        for steps in (2, 0):
+            model = _model(family)
+            trainer = MegatronTrainer(model, _draft(model), run, device, torch.bfloat16)
+            trainer.freeze_draft()
+            if saved[0] is not None:
+                trainer.load_state(*saved[0])
+            for _ in range(steps):
+                trainer.step(packs)
+            tensors, values = state_of(trainer)
+            state = {name: t.cpu().clone() for name, t in tensors.items()}, values
+            parallel_state.destroy_model_parallel()
+            if steps:
+                saved = [state]
+                dist.broadcast_object_list(saved, device=device)  # rank 0 alone has the tensors
+        model = _model(family)
+        alone = TorchTrainer(model, _draft(model), _run(), device, torch.bfloat16)
+        alone.freeze_draft()
+        alone.load_state(*saved[0])
+        if group.rank() == 0:
+            assert values == saved[0][1]
+            for found in (state[0], {name: t.cpu() for name, t in state_of(alone)[0].items()}):
+                assert_same(found, saved[0][0])
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize("size", sorted(LAYOUTS))
+def test_a_checkpoint_comes_back_the_same_bits_and_goes_to_the_torch_trainer(
+    size: int, family: str, tmp_path: Path
+) -> None:
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
+    over_nccl(_keep, size, tmp_path / "store", family)
