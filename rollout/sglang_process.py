@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import logging
 import os
+import random
 import re
 import shutil
 import signal
@@ -33,6 +34,8 @@ LAUNCH = (sys.executable, "-m", "miles_spec.rollout.launch")
 """The command that starts a server where the run file names none."""
 STARTS = 3
 """Attempts to start when another process took the port meanwhile."""
+PORTS = range(20000, 32768)
+"""Below those that Linux and others give away unasked."""
 STACKS_S = 0.5
 """For a process to write its stacks."""
 _PORT_TAKEN = re.compile(r"address already in use|port \d+ is (not available|already in use)", re.IGNORECASE)
@@ -70,10 +73,21 @@ def _alone() -> str:
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on now; somebody may before it is used."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on now; somebody may before it is used.
+
+    A server takes its port last, after a minute in which others open many. So it is none of those that systems give to
+    who asks for any, unless `PORTS` are in use. Raises `RunError` for a host that is not this machine's.
+    """
+    fault: OSError | None = None
+    for port in [*random.SystemRandom().sample(PORTS, 100), 0]:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                fault = error
+            else:
+                return int(probe.getsockname()[1])
+    raise RunError(f"nothing can listen on {host!r}: {fault}")
 
 
 def url_of(host: str, port: int) -> str:
@@ -203,8 +217,9 @@ def start_server(
         fault = _wait(process, url, keys, until_s)
         if not fault:
             return
+        # much may stand behind it: SGLang still warms up, and says why that fails
+        taken = process.status() is not None and _PORT_TAKEN.search(process.last_lines(1000))
         last = process.last_lines()
-        taken = process.status() is not None and _PORT_TAKEN.search(last)
         process.stop(0.0)
         if not taken or attempt == STARTS:
             raise RunError(f"{fault}; the end of {path}:\n{last}")

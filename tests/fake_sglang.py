@@ -10,6 +10,7 @@ What it generates: `max_new_tokens` tokens, each the one before plus 1, counted 
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import io
 import json
@@ -528,7 +529,8 @@ COMMAND = (sys.executable, str(Path(__file__).resolve()))
 
 def main() -> None:
     """A process of its own. Beside the keys it reads `FAKE_SGLANG`: JSON of `Faults`, of `version` and `start_s`, and
-    of `adaptive`, which is false for one that drafts for any number of sequences whatever it is told."""
+    of `adaptive`, which is false for one that drafts for any number of sequences whatever it is told, and of
+    `last_words`, which it prints as it ends."""
     if sys.argv[1:2] == ["--flags"]:
         print(json.dumps({"version": "0.5.21", "flags": FLAGS, "platforms": ["cuda"]}))
         return
@@ -542,6 +544,7 @@ def main() -> None:
     print(f"the fake starts with {rest}", flush=True)
     version, start_s = settings.pop("version", "0.5.21"), settings.pop("start_s", 0.0)
     adaptive = settings.pop("adaptive", True) and known.speculative_adaptive
+    atexit.register(print, settings.pop("last_words", ""), flush=True)
     faults = Faults(**settings)
     if faults.exit_at_start:
         print(faults.exit_at_start, flush=True)

@@ -36,7 +36,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     servers: list[SGLangServer] = []
 
     def make(settings: ServerSettings = SETTINGS, **more: Any) -> SGLangServer:
-        names = ("exit_at_start", "start_s", "unhealthy", "version", "adaptive")
+        names = ("exit_at_start", "start_s", "unhealthy", "version", "adaptive", "last_words")
         faults = {name: more.pop(name) for name in names if name in more}
         monkeypatch.setenv("FAKE_SGLANG", json.dumps(faults))
         given = {"keys": KEYS, "launch": COMMAND, "folder": tmp_path / "logs", "draft_depth": 2} | more
@@ -109,7 +109,7 @@ def test_a_port_that_was_taken_meanwhile_is_tried_again(
     with serving() as other:
         ports = iter([other.port, sglang_process.free_port("127.0.0.1")])
         monkeypatch.setattr(sglang_process, "free_port", lambda host: next(ports))
-        server = started()
+        server = started(last_words="\n" * 100)  # SGLang writes more tracebacks before it ends
         server.start()
         assert server.alive() and not server.url.endswith(f":{other.port}")
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from miles_spec.rollout import sglang_process
 from miles_spec.rollout.sglang_api import Keys
-from miles_spec.rollout.sglang_process import ServerProcess, environment, free_port
+from miles_spec.rollout.sglang_process import PORTS, ServerProcess, environment, free_port
+from miles_spec.types import RunError
 
 KEYS = Keys(api="api-secret", admin="admin-secret")
 
@@ -39,9 +41,14 @@ def test_gpus_are_indices_into_those_that_may_be_seen(monkeypatch: pytest.Monkey
         environment([2])
 
 
-def test_a_free_port_can_be_listened_on() -> None:
-    with socket.create_server(("127.0.0.1", free_port("127.0.0.1"))):
-        pass
+def test_a_free_port_can_be_listened_on_and_is_none_that_systems_give_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", free_port("127.0.0.1"))) as taken:
+        port = taken.getsockname()[1]
+        assert port in PORTS
+        monkeypatch.setattr(sglang_process, "PORTS", [port] * 100)
+        assert free_port("127.0.0.1") not in (0, port)
+    with pytest.raises(RunError, match=r"nothing can listen on '192\.0\.2\.1'"):
+        free_port("192.0.2.1")
 
 
 def test_the_log_is_the_users_alone_and_its_end_can_be_read(tmp_path: Path) -> None:
