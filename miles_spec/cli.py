@@ -196,6 +196,7 @@ def _bench_train(arguments: argparse.Namespace, settings: Sequence[str]) -> None
         micro_batches=arguments.micro_batches,
         turns=arguments.turns,
         warm_ups=arguments.warm_ups,
+        rounds=arguments.rounds,
         recompute=arguments.gradient_checkpointing,
         megatron={flag.removeprefix("--"): literal(given) for flag, given in flags(settings)},
         budget_s=arguments.budget_s,
@@ -329,6 +330,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--micro-batches", 2, "of each data-parallel rank in a step"),
         ("--turns", 5, "steps that are timed"),
         ("--warm-ups", 2, "steps before those"),
+        ("--rounds", 1, "times that each case is measured, each time after all the others"),
     ):
         training.add_argument(name, type=int, default=number, metavar="N", help=f"{about}; {number} if left out")
     training.add_argument(

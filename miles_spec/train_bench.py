@@ -101,6 +101,10 @@ class Plan:
     """Of one data-parallel rank in a step."""
     turns: int = 5
     warm_ups: int = 2
+    """Of each trainer; each turn and warm-up is a step."""
+    rounds: int = 1
+    """How often every case is measured, each time after all the others and by a fresh trainer: for hosts whose speed
+    changes within minutes."""
     recompute: bool = False
     """`train.gradient_checkpointing`, which is torch's alone."""
     megatron: Mapping[str, Any] = field(default_factory=dict)
@@ -116,8 +120,8 @@ class Plan:
             raise ValueError('the backend megatron needs megatron-core: pip install "miles-spec[megatron]"')
         if self.megatron and "megatron" not in self.backends:
             raise ValueError(f"{next(iter(self.megatron))} is an argument of Megatron; add megatron to --backends")
-        if min((self.micro_batches, self.turns, *self.tokens, *self.depths)) < 1 or self.warm_ups < 0:
-            raise ValueError("tokens, depths, micro-batches and turns have to be at least 1")
+        if min((self.micro_batches, self.turns, self.rounds, *self.tokens, *self.depths)) < 1 or self.warm_ups < 0:
+            raise ValueError("tokens, depths, micro-batches, turns and rounds have to be at least 1")
         for share in self.shares:
             if not 0 < share <= 1:
                 raise ValueError(f"a draft cannot learn from a share of {share:g}; give one above 0, at most 1")
@@ -139,7 +143,7 @@ def train(result: Path | None = None, plan: Plan | None = None) -> list[Row]:
         MegatronArguments.make(plan.megatron, dist.get_world_size() if dist.is_initialized() else given)
     with _ranks("megatron" in plan.backends) as device:
         bench = Bench(result, plan, device)
-        for case in bench.cases():
+        for case in list(bench.cases()) * plan.rounds:
             bench.measure(case)
     return bench.rows
 
@@ -148,7 +152,7 @@ class Bench:
     """The rows of one call, the same on every rank."""
 
     def __init__(self, result: Path | None, plan: Plan, device: torch.device) -> None:
-        self.rows: list[Row] = []
+        self._measured: dict[Case, Row] = {}
         self.left_out: list[str] = []
         """What was not measured, and why."""
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -162,6 +166,11 @@ class Bench:
         self._console = Console(quiet=not self.leads)
         if not self._console.is_terminal:  # a log has no width of its own
             self._console = Console(width=150, quiet=not self.leads)
+
+    @property
+    def rows(self) -> list[Row]:
+        """One for each case that was measured."""
+        return list(self._measured.values())
 
     def cases(self) -> Iterator[Case]:
         """Size by size, so that what a budget cuts off is the largest."""
@@ -187,7 +196,7 @@ class Bench:
                     yield from (replace(whole, draft_vocab=size) for size in plan.draft_vocabs)
 
     def measure(self, case: Case) -> None:
-        """Adds the row of one case, or names it as left out."""
+        """Adds the row of one case, or more turns to it, or names it as left out."""
         what = f"{case.backend}, {case.tokens} tokens, {trains(case)}"
         if self._late():
             self._leave_out(f"{what}: no time was left")
@@ -211,7 +220,7 @@ class Bench:
             self._write([replace(row, note="failed: the ranks ended in it")])
         full = False
         try:
-            row = self._row(row, *self._steps(case, batches))
+            row = self._row(row, self._measured.get(case, row), *self._steps(case, batches))
         except (torch.OutOfMemoryError, TrainingMemoryError):
             full = True
         if full:  # not above, where the error still holds what it was raised in
@@ -219,7 +228,7 @@ class Bench:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.rows.append(row)
+        self._measured[case] = row
         self._console.print(table([row]))
         self._write()
         if full and self.world > 1:
@@ -290,7 +299,11 @@ class Bench:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(self.hf_config, attn_implementation=NAME)
         return model.eval()
 
-    def _row(self, row: Row, turns: tuple[float, ...], norm: float | None, gpu: int | None, host: int | None) -> Row:
+    def _row(
+        self, row: Row, earlier: Row, turns: tuple[float, ...], norm: float | None, gpu: int | None, host: int | None
+    ) -> Row:
+        """With the turns of an earlier round; peaks and norm are of this one."""
+        turns = earlier.turns + turns
         median = statistics.median(turns)
         rate = None
         if self.device.type == "cuda":
@@ -343,6 +356,7 @@ class Bench:
                 "draft_loss": DraftConfig().loss,
                 "turns": self._plan.turns,
                 "warm_ups": self._plan.warm_ups,
+                "rounds": self._plan.rounds,
                 "gradient_checkpointing": self._plan.recompute,
                 "megatron": self._plan.megatron,
                 "segment_tokens": SEGMENT_TOKENS,

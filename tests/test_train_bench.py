@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,21 @@ def test_drafts_that_learn_from_a_share_and_over_a_part_of_the_vocabulary(monkey
     assert len({r.grad_norm for r in rows}) == 1
     sizes = [owner and owner.draft.vocab_ids is not None and len(owner.draft.vocab_ids) for owner in drafted]
     assert sizes == [None, False, False, 16]
+
+
+@ON_CPU
+def test_rounds_measure_every_case_again_after_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafted = []
+    step = TorchTrainer.step
+    monkeypatch.setattr(
+        TorchTrainer, "step", lambda self, batches: drafted.append(bool(self.draft)) or step(self, batches)
+    )
+    rows = tiny(tokens=(64,), turns=2, warm_ups=0, rounds=2)
+    assert drafted == [False, False, True, True] * 2
+    assert [(r.depth, len(r.turns)) for r in rows] == [(0, 4), (1, 4)]
+    assert all(r.step_s == statistics.median(r.turns) for r in rows)
+    with pytest.raises(ValueError, match="rounds"):
+        Plan(rounds=0)
 
 
 @ON_CPU
