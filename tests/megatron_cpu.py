@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.config
 import torch.distributed as dist
 
 WORLD = 4
@@ -48,7 +49,9 @@ FACTORIES = (
 
 
 def install() -> None:
-    """Makes what megatron-core asks of `torch.cuda` happen on the CPU, in this process from now on."""
+    """Makes what megatron-core asks of `torch.cuda` happen on the CPU, in this process from now on, and all of it
+    eagerly: what it has compiled would be compiled by every process anew, for a minute where the compiler is new."""
+    torch._dynamo.config.disable = True
 
     def replaced(function: Callable[..., Any]) -> Callable[..., Any]:
         def on_cpu(*args: Any, **kwargs: Any) -> Any:

@@ -38,6 +38,7 @@ from miles_spec.types import Completion, Receipt, Request, Sampling, TensorMeta
 
 PYTHON = os.environ.get("MILES_SPEC_SGLANG_PYTHON", "")
 HERE = Path(__file__).parent
+SPAWNED, FORKED = str(HERE / "cpu_server.py"), str(HERE / "forked_server.py")
 DEPTH = 3
 VOCAB = 262
 CONTEXT = 256
@@ -213,11 +214,17 @@ Start = Callable[..., Host]
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts a server that serves nothing yet: `start(name, pair, depth=..., from_folder=..., max_batch=...,
-    **[sglang])`. With `from_folder` SGLang reads the draft's weights from its folder."""
+    script=..., **[sglang])`. With `from_folder` SGLang reads the draft's weights from its folder."""
     servers: list[SGLangServer] = []
 
     def run(
-        name: str, pair: Pair, depth: int = DEPTH, from_folder: bool = False, max_batch: int = 0, **extra: object
+        name: str,
+        pair: Pair,
+        depth: int = DEPTH,
+        from_folder: bool = False,
+        max_batch: int = 0,
+        script: str = FORKED,
+        **extra: object,
     ) -> Host:
         folder = tmp_path_factory.mktemp(name)
         export_target(pair.model, tiny_tokenizer(), folder / "target", dtype=torch.float32)
@@ -237,7 +244,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             settings=replace(settings, draft_vocabulary=from_folder or settings.draft_vocabulary),
             keys=keys,
             draft_depth=depth,
-            launch=[PYTHON, str(HERE / "cpu_server.py")],
+            launch=[PYTHON, script],
             folder=folder,
             eos=[2],
             push_timeout_s=60,
@@ -253,7 +260,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 @pytest.fixture(scope="session")
 def shared(start: Start, pair: Pair) -> Host:
-    return start("shared", pair)
+    return start("shared", pair, script=SPAWNED)
 
 
 @pytest.fixture

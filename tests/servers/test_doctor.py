@@ -5,13 +5,13 @@ from __future__ import annotations
 from miles_spec.config import FleetConfig, RolloutConfig, RunConfig
 from miles_spec.doctor import DEPTH, findings
 
-from .conftest import ARGUMENTS, HERE, PYTHON
+from .conftest import ARGUMENTS, FORKED, PYTHON
 
 
 def test_all_is_well() -> None:
     config = RunConfig(
         rollout=RolloutConfig(engine="sglang", temperature=0.0),
-        fleet=FleetConfig(launch=(PYTHON, str(HERE / "cpu_server.py")), bucket_mb=1),
+        fleet=FleetConfig(launch=(PYTHON, FORKED), bucket_mb=1),
         sglang=ARGUMENTS,
     )
     found = [finding for finding in findings(config, server=True) if "GPU" not in finding.text]

@@ -16,7 +16,7 @@ from miles_spec.rollout.sglang import SGLangServer
 from miles_spec.run import Run
 from miles_spec.settings import load
 
-from .conftest import ARGUMENTS, HERE, PYTHON, make_pair
+from .conftest import ARGUMENTS, FORKED, PYTHON, make_pair
 
 RUN = """
 out = "{out}"
@@ -61,7 +61,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(work: Path, out: Path, *overrides: str) -> RunConfig:
     file = out.with_suffix(".toml")
-    text = RUN.format(out=out, work=work, python=PYTHON, server=HERE / "cpu_server.py")
+    text = RUN.format(out=out, work=work, python=PYTHON, server=FORKED)
     text += "[sglang]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in ARGUMENTS.items())
     file.write_text(text)
     return load(file, overrides)

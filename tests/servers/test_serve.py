@@ -25,7 +25,7 @@ from miles_spec.sync.session import Syncer
 from miles_spec.sync.transports import Ipc
 from miles_spec.types import RunError, TensorMeta
 
-from .conftest import ARGUMENTS, HERE, PYTHON, make_pair
+from .conftest import ARGUMENTS, FORKED, PYTHON, make_pair
 from .test_run import RUN, lines, work  # noqa: F401  # a fixture
 
 SCRIPT = Path(sys.executable).with_name("miles-spec")
@@ -41,7 +41,7 @@ class Service:
 
 
 def run_file(work: Path, out: Path) -> Path:  # noqa: F811
-    text = RUN.format(out=out, work=work, python=PYTHON, server=HERE / "cpu_server.py")
+    text = RUN.format(out=out, work=work, python=PYTHON, server=FORKED)
     text += "[sglang]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in ARGUMENTS.items())
     out.with_suffix(".toml").write_text(text)
     return out.with_suffix(".toml")
