@@ -134,8 +134,9 @@ def _keep(group: dist.ProcessGroup, family: str) -> None:
         alone.load_state(*saved[0])
         if group.rank() == 0:
             assert values == saved[0][1]
-            for found in (state[0], {name: t.cpu() for name, t in state_of(alone)[0].items()}):
-                assert_same(found, saved[0][0])
+            assert_same(state[0], saved[0][0])
+            theirs = {name: t.cpu() for name, t in state_of(alone)[0].items() if name != "random.cuda"}
+            assert_same(theirs, saved[0][0])
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
