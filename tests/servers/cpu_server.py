@@ -150,14 +150,16 @@ def _module(name: str, **members: object) -> None:
     sys.modules[name] = module
 
 
-def _patch() -> None:
-    """Puts what is missing on a CPU in place, then changes SGLang's choices where it has no GPU to go by."""
-    sampling = {
-        "top_p_renorm_prob": _keep_top_p,
-        "top_k_renorm_prob": _keep_top_k,
-        "tree_speculative_sampling_target_only": _verify_by_target,
-    }
-    _module("sgl_kernel", **sampling)
+SAMPLING = {
+    "top_p_renorm_prob": _keep_top_p,
+    "top_k_renorm_prob": _keep_top_k,
+    "tree_speculative_sampling_target_only": _verify_by_target,
+}
+
+
+def _stand_in() -> None:
+    """Puts what is missing on a CPU in place."""
+    _module("sgl_kernel", **SAMPLING)
     _module("vllm")
     # imported on platforms that SGLang does not know; it then runs its own PyTorch code
     _module("vllm._custom_ops", rotary_embedding=_absent, fused_add_rms_norm=_absent, rms_norm=_absent)
@@ -168,6 +170,9 @@ def _patch() -> None:
     torch.cuda.synchronize = lambda *_, **__: None
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
 
+
+def _patch() -> None:
+    """Changes SGLang's choices where it has no GPU to go by."""
     from sglang.kernels.ops.attention import decode_attention, extend_attention
     from sglang.kernels.ops.speculative import cache_locs, spec_tree
     from sglang.srt.model_loader import utils as loading
@@ -178,13 +183,15 @@ def _patch() -> None:
     decode_attention.decode_attention_fwd = _decode_attention
     # the branch of XPU is Triton throughout, which can be interpreted; but it would verify greedily at any temperature
     cache_locs._is_xpu = spec_tree._is_xpu = eagle_utils._is_xpu = True
-    vars(eagle_utils).update(sampling)  # from 0.5.23 it takes them when it is imported, and on a CPU finds none
+    vars(eagle_utils).update(SAMPLING)  # from 0.5.23 it takes them when it is imported, and on a CPU finds none
     eagle_utils._verify_uses_greedy = lambda *, is_all_greedy, **_: is_all_greedy
     # DeepSeek's models load tensors that lie on a CPU in threads, where nobody watches; those on a GPU they do not
     loading.should_async_load = lambda _: False
 
 
-_patch()
+_stand_in()
+if sys.argv[1:] != ["--flags"]:  # which needs no more
+    _patch()
 
 if __name__ == "__main__":
     from miles_spec.rollout.launch import main
