@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -23,16 +22,18 @@ from miles_spec.config import RunConfig
 from miles_spec.draft.modules import DraftHead
 from miles_spec.live import LiveTable
 from miles_spec.provenance import check, write_result
-from miles_spec.requests import sampling, seed_of
+from miles_spec.requests import context_tokens, sampling, seed_of
 from miles_spec.rollout.bench import PLAIN, Row, advice, as_json, compare, embedded_modes
 from miles_spec.rollout.embedded import EmbeddedEngine
 from miles_spec.rollout.engine import Engine
+from miles_spec.rollout.sglang_api import Keys
 from miles_spec.rollout.sglang_args import with_underscores
 from miles_spec.run import Run
+from miles_spec.serve import Hosted, Reached, load
 from miles_spec.settings import changes
 from miles_spec.tracking import write_atomically, write_summary
 from miles_spec.train.torch_trainer import TorchTrainer
-from miles_spec.types import Request
+from miles_spec.types import Prompt, Request
 
 BATCHES = (1, 2, 4, 8)
 SERVED_BATCHES = (1, 8, 32, 128)
@@ -79,12 +80,27 @@ def rollout(
         config = _with_two_servers(config, max(batches))
     console = Console()
     with ExitStack() as stack:
-        with LiveTable(steps=config.steps, console=console) as live:
-            run = assemble(in_one_process(config), live)
-        stack.callback(run.stop)
+        if served:
+            reached = load(config, stays=True)
+            source = reached.source
+            modes = stack.enter_context(_served_modes(config, reached))
+        else:
+            with LiveTable(steps=config.steps, console=console) as live:
+                run = assemble(in_one_process(config), live)
+            stack.callback(run.stop)
+            source = run.source
+            modes = stack.enter_context(_embedded_modes(run))
+        asked = _requests(config, source.take(max(requests, 2 * max(batches))))
         bar = stack.enter_context(Progress(console=console, transient=True))
         task = bar.add_task("timing rollouts", total=None)
-        rows = measure(run, batches, turns, requests, lambda done, total: bar.update(task, completed=done, total=total))
+        rows = compare(
+            modes,
+            asked,
+            batches=batches,
+            turns=turns,
+            least=requests,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
     if other:
         console.print(f"Timed with settings that are not the run's: {'; '.join(other)}.", highlight=False)
     console.print(table(rows))
@@ -110,50 +126,44 @@ def _with_two_servers(config: RunConfig, batch: int) -> RunConfig:
     return replace(config, rollout=rollout, fleet=replace(config.fleet, release="nothing"), sglang=sglang)
 
 
-def measure(run: Run, batches: Sequence[int], turns: int, requests: int, progress: Any = None) -> list[Row]:
-    """The rows for prompts that come next in the run's data."""
-    assert isinstance(run.trainer, TorchTrainer)
-    draft = run.trainer.draft
-    assert draft is not None and draft.frozen is not None
-    prompts = run.source.take(max(requests, 2 * max(batches)))
-    asked = [
-        Request(id=str(i), tokens=p.tokens, sampling=sampling(run.config), seed=seed_of(run.config.seed, "bench", i))
+def _requests(config: RunConfig, prompts: Sequence[Prompt]) -> list[Request]:
+    return [
+        Request(id=str(i), tokens=p.tokens, sampling=sampling(config), seed=seed_of(config.seed, "bench", i))
         for i, p in enumerate(prompts)
     ]
-    drafts = {"frozen": draft.frozen, "cotrained": draft.draft}
-    modes = served_modes if run.serving is not None else _embedded_modes
-    with modes(run, drafts) as ready:
-        return compare(ready, asked, batches=batches, turns=turns, least=requests, progress=progress)
 
 
-def _embedded_modes(run: Run, drafts: Mapping[str, DraftHead]) -> AbstractContextManager[Modes]:
-    assert isinstance(run.engine, EmbeddedEngine)
-    return embedded_modes(run.engine, drafts)
+def _embedded_modes(run: Run) -> AbstractContextManager[Modes]:
+    assert isinstance(run.engine, EmbeddedEngine) and isinstance(run.trainer, TorchTrainer)
+    draft = run.trainer.draft
+    assert draft is not None and draft.frozen is not None
+    return embedded_modes(run.engine, {"frozen": draft.frozen, "cotrained": draft.draft})
 
 
 @contextmanager
-def served_modes(run: Run, drafts: Mapping[str, DraftHead]) -> Iterator[Modes]:
-    """Servers without a draft beside those of the run, into which each draft is pushed in its turn.
+def _served_modes(config: RunConfig, reached: Reached) -> Iterator[Modes]:
+    """Servers without a draft beside others, into which each draft is pushed in its turn.
 
     All are up at the same time, so that modes are timed turn by turn; those that wait cost memory and no time.
     """
-    assert run.serving is not None
-    config = replace(run.config, draft=replace(run.config.draft, enabled=False))
-    plain = run.serving.beside(config, run.out / "serve-plain")
+    policy, folder, context, keys = reached.policy, Path(config.out), context_tokens(config), Keys.random()
+    assert reached.frozen is not None and policy.draft is not None
+    alone = replace(config, draft=replace(config.draft, enabled=False))
+    plain = Hosted(alone, replace(policy, draft=None, draft_version=None), folder / "serve-plain", context, keys)
+    drafted = Hosted(config, policy, folder / "serve", context, keys)
 
-    def drafted(draft: DraftHead) -> Engine:
-        weights = run.weights()
-        assert isinstance(weights.target, Mapping), "a benchmark runs in one process"
-        weights = replace(weights, draft=run.draft_weights(draft, weights.target))
-        weights.push(run.syncer, run.engine.members())
-        return run.engine
+    def serving(draft: DraftHead) -> Engine:
+        drafted.weights = replace(policy, draft=draft).weights
+        drafted.push(drafted.members())
+        return drafted.fleet
 
-    try:
-        plain.start()
-        replace(run.weights(), draft_version=None, draft=None).push(plain.syncer, plain.fleet.members())
-        yield {PLAIN: lambda: plain.fleet} | {name: partial(drafted, draft) for name, draft in drafts.items()}
-    finally:
-        plain.stop()
+    drafts = {"frozen": reached.frozen, "cotrained": policy.draft}
+    with ExitStack() as stack:
+        for hosted in (plain, drafted):  # one after the other: each takes its share of the memory that it finds free
+            stack.callback(hosted.stop)
+            hosted.start()
+            hosted.push(hosted.members(), self_test=True)
+        yield {PLAIN: lambda: plain.fleet} | {name: partial(serving, draft) for name, draft in drafts.items()}
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -16,13 +16,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from miles_spec import checkpoint, models
 from miles_spec.assemble import assemble, in_one_process
 from miles_spec.config import RunConfig
+from miles_spec.data import PromptSource
 from miles_spec.draft.export import export, served_target, served_tensors
 from miles_spec.draft.modules import DraftHead
 from miles_spec.live import LiveTable
@@ -44,10 +48,12 @@ SHARE_OF_MEMORY = 0.85
 LOOK_S = 1.0
 """Between looks at the servers."""
 
+M = TypeVar("M", bound=nn.Module)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What is served: a policy and its draft, in the host's memory, in the dtype they are served in."""
+    """What is served: a policy and its draft, in the dtype they are served in."""
 
     loaded: models.Loaded
     draft: DraftHead | None
@@ -60,6 +66,17 @@ class Policy:
         head = models.head_weight(self.loaded.model)
         draft = None if self.draft is None else dict(served_tensors(self.draft, head))
         return Weights(version=self.version, target=target, draft_version=self.draft_version, draft=draft)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reached:
+    """What a run has come to so far."""
+
+    policy: Policy
+    frozen: DraftHead | None
+    """The draft of step 1, where and as that of the policy is."""
+    source: PromptSource
+    """Its next prompts are those of the run's next step."""
 
 
 class Hosted(Serving):
@@ -104,7 +121,7 @@ def serve(config: RunConfig, say: Callable[[str], None] = print) -> None:
     if config.rollout.urls:
         raise ValueError("rollout serve starts servers, and rollout.urls joins some that run; take rollout.urls out")
     with _until_told() as told, ExitStack() as stack:
-        policy = load(config)
+        policy = load(config).policy
         folder, keys = Path(config.out) / "serve", Keys.random()
         hosted = Hosted(alone(config), policy, folder, context_tokens(config), keys)
         stack.callback(hosted.stop)
@@ -121,10 +138,11 @@ def serve(config: RunConfig, say: Callable[[str], None] = print) -> None:
         watch(hosted, front, config.fleet.start_timeout_s, told, lambda servers: say(described(servers, front, folder)))
 
 
-def load(config: RunConfig) -> Policy:
-    """The policy and draft of the run's newest checkpoint; without one those of `[model]`, the draft warmed up.
+def load(config: RunConfig, *, stays: bool = False) -> Reached:
+    """The policy and drafts of the run's newest checkpoint; without one those of `[model]`, the draft warmed up.
 
-    It is the training's own way to them, in this process alone; what only training needs is given back.
+    It is the training's own way to them, in this process alone; what only training needs is given back. They come to
+    the host's memory, or stay on the trainer's device if so told, from where they are pushed faster.
     """
     rollout = replace(config.rollout, engine="embedded")
     if checkpoint.steps(Path(config.out)):
@@ -135,25 +153,31 @@ def load(config: RunConfig) -> Policy:
     assert isinstance(run.engine, EmbeddedEngine)
     trainer = run.trainer
     assert isinstance(trainer, TorchTrainer)
+    kept = partial(_kept, device=trainer.device if stays else torch.device("cpu"), dtype=trainer.dtype)
     loaded = models.Loaded(
-        model=trainer.model.to(device="cpu", dtype=trainer.dtype).requires_grad_(False),
+        model=kept(trainer.model),
         tokenizer=run.tokenizer,
         dtype=trainer.dtype,
         device=trainer.device,
         eos_ids=tuple(sorted(run.engine.eos_ids)),
     )
-    draft = trainer.draft
+    draft, source = trainer.draft, run.source
     policy = Policy(
         loaded=loaded,
-        draft=None if draft is None else draft.draft.to(device="cpu", dtype=trainer.dtype).requires_grad_(False),
+        draft=None if draft is None else kept(draft.draft),
         version=trainer.version,
         draft_version=None if draft is None else trainer.draft_version,
     )
+    frozen = None if draft is None or draft.frozen is None else kept(draft.frozen)
     del run, trainer, draft
     gc.collect()
     if loaded.device.type == "cuda":
         torch.cuda.empty_cache()
-    return policy
+    return Reached(policy=policy, frozen=frozen, source=source)
+
+
+def _kept(module: M, *, device: torch.device, dtype: torch.dtype) -> M:
+    return module.to(device=device, dtype=dtype).requires_grad_(False)
 
 
 def alone(config: RunConfig) -> RunConfig:

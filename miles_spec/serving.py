@@ -87,7 +87,6 @@ class Serving:
             check_served(loaded.model.config.model_type, FAMILIES[config.draft.fresh_family], config.draft.layers)
         self.weights = weights
         self._loaded = loaded
-        self._max_context = max_context
         self._folder = folder
         self._dtype = loaded.dtype
         rollout, fleet = config.rollout, config.fleet
@@ -163,10 +162,6 @@ class Serving:
             server.settings = drafting(server.settings, draft, folder)
         self.fleet.set_draft_depth(depth)
         self._learn("draft", tensors)
-
-    def beside(self, config: RunConfig, folder: Path) -> Serving:
-        """Other servers of the same policy, as `config` describes them; to be started."""
-        return Serving(config, self._loaded, folder, self._max_context, self.weights)
 
     def stop(self) -> None:
         """Ends servers that are ours, and the transport."""

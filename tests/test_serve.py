@@ -222,7 +222,7 @@ def test_what_it_started_has_ended_and_the_keys_are_gone(
             stopped.append(True)
 
     monkeypatch.setattr(module, "Hosted", Broken)
-    monkeypatch.setattr(module, "load", lambda config: "policy")
+    monkeypatch.setattr(module, "load", lambda config: SimpleNamespace(policy="policy"))
     config = RunConfig(out=str(tmp_path), rollout=RolloutConfig(engine="sglang"), fleet=FleetConfig(engines=2))
     config = replace(config, data=replace(config.data, max_prompt_tokens=10))
     with pytest.raises(RunError, match="it does not come up"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from miles_spec import checkpoint
+from miles_spec import bench, checkpoint
 from miles_spec.rollout.launch import ADMIN_KEY, API_KEY
 from miles_spec.rollout.sglang import SGLangServer
 from miles_spec.rollout.sglang_api import Api, Keys
 from miles_spec.rollout.sglang_args import ServerSettings
+from miles_spec.settings import load
 from miles_spec.sync.session import Syncer
 from miles_spec.sync.transports import Ipc
 from miles_spec.types import RunError, TensorMeta
@@ -59,7 +61,8 @@ def service(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     """The servers of a run that was trained for one step."""
     run = tmp_path_factory.mktemp("serve") / "run"
     file = run_file(work, run)
-    miles_spec("train", file, "--rollout.engine", "embedded", "--steps", 1)
+    learns = ("--draft.lr", 0.01, "--draft.lr-warmup-steps", 0)  # so that it is another draft than that of step 1
+    miles_spec("train", file, "--rollout.engine", "embedded", "--steps", 1, *learns)
     output = run.parent / "output"
     with output.open("wb") as stream:
         process = subprocess.Popen([SCRIPT, "rollout", "serve", file], stdout=stream, stderr=subprocess.STDOUT)
@@ -135,6 +138,19 @@ def test_a_run_joins(service: Service, work: Path, tmp_path: Path) -> None:  # n
         assert (row["receipts_verified"], row["receipts_failed"]) == (2, 0)
         assert row["rollout_kl"] < 1e-6 and row["verify_steps"] > 0
     assert checkpoint.steps(tmp_path / "run") == [2]
+
+
+def test_its_drafts_are_compared(service: Service, work: Path, tmp_path: Path) -> None:  # noqa: F811
+    """By servers as by the embedded engine, whose greedy responses and accepted drafts are the same."""
+    out = shutil.copytree(service.run, tmp_path / "run", ignore=shutil.ignore_patterns("serve"))
+    found = []
+    for engine in ("embedded", "sglang"):
+        config = load(run_file(work, out), ["--rollout.engine", engine])
+        rows = bench.rollout(config, None, batches=(2,), turns=1, requests=4)
+        found.append([(r.mode, r.tokens, r.accept_length, r.same_responses) for r in rows])
+    assert found[1] == found[0]
+    (_, *plain), (_, *frozen), (_, *cotrained) = found[1]
+    assert plain[1] is None and 1 < frozen[1] != cotrained[1] > 1 and frozen[2] == cotrained[2] == 1
 
 
 def test_a_server_that_dies_comes_back_with_the_weights(service: Service) -> None:
