@@ -199,7 +199,7 @@ class Bench:
         """Adds the row of one case, or more turns to it, or names it as left out."""
         what = f"{case.backend}, {case.tokens} tokens, {trains(case)}"
         if self._late():
-            self._leave_out(f"{what}: no time was left")
+            self._leave_out(f"{what}: no time was left{' for another round' if case in self._measured else ''}")
             return
         data = self.world
         if case.backend != "torch":

@@ -50,7 +50,7 @@ FACTORIES = (
 
 def install() -> None:
     """Makes what megatron-core asks of `torch.cuda` happen on the CPU, in this process from now on, and all of it
-    eagerly: what it has compiled would be compiled by every process anew, for a minute where the compiler is new."""
+    eagerly: what it has compiled would be compiled by every process anew."""
     torch._dynamo.config.disable = True
 
     def replaced(function: Callable[..., Any]) -> Callable[..., Any]:

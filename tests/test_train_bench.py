@@ -113,6 +113,17 @@ def test_a_spent_budget_leaves_out_and_says_so(tmp_path: Path, capsys: pytest.Ca
 
 
 @ON_CPU
+def test_a_round_that_is_left_out_leaves_the_row_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = iter([False, False, True])  # before the case, after its turn, before its second round
+    monkeypatch.setattr(train_bench.Bench, "_late", lambda self: next(late))
+    bench = train_bench.Bench(None, Plan(size=TINY, micro_batches=1, turns=2, warm_ups=0), CPU)
+    for _ in range(2):
+        bench.measure(train_bench.Case(backend="torch", tokens=64, depth=0))
+    assert [len(row.turns) for row in bench.rows] == [2]
+    assert bench.left_out == ["torch, 64 tokens, policy alone: no time was left for another round"]
+
+
+@ON_CPU
 def test_a_budget_cuts_turns_short(monkeypatch: pytest.MonkeyPatch) -> None:
     late = iter([False, False, True])  # before the case, after one turn, after two
     monkeypatch.setattr(train_bench.Bench, "_late", lambda self: next(late))
